@@ -1,0 +1,188 @@
+"""What an emitted rank program imports, and how the text of one becomes a `Program`.
+
+A program is a plain Python file: MESH and COORDS, one StageModule per stage of the rank, SCHEDULE, and for a model with a loss
+the function `loss_weights`. It runs under the runtime's Worker; it holds no weights.
+
+- `BATCH` (optional): the types of all of the model's inputs. It binds the size names on stages that read few inputs or none. If it
+  is missing, the stages' own INPUTS are used.
+- `loss_weights(*, <inputs>, <sizes>) -> tuple`: how much each of the loss terms of these rows counts: the number of labels for a
+  mean over labels, None for a sum. A microbatch's share is its weight over the sum of all microbatches' weights.
+- `LOSS_STAGE` (optional): the stage whose outputs hold `loss`; the last if it is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import linecache
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from costmodel.errors import BadPlan
+from passes.instructions import (
+    Backward,
+    Forward,
+    Instruction,
+    RecvActivation,
+    RecvGradient,
+    SendActivation,
+    SendGradient,
+    SumGradients,
+)
+
+__all__ = [
+    "Backward",
+    "Forward",
+    "Instruction",
+    "Program",
+    "Receive",
+    "RecvActivation",
+    "RecvGradient",
+    "Send",
+    "SendActivation",
+    "SendGradient",
+    "StageModule",
+    "SumGradients",
+    "load_program",
+]
+
+
+@dataclass(frozen=True)
+class Receive:
+    """A value that comes from stage `source`. `gradient=False`: nothing flows back (integers never do)."""
+
+    source: int
+    type: str
+    gradient: bool = True
+
+
+@dataclass(frozen=True)
+class Send:
+    """A value that goes to the stages `to`. `gradient=False`: none of them sends a gradient back."""
+
+    to: tuple[int, ...]
+    type: str
+    gradient: bool = True
+
+
+class StageModule:
+    """The base of emitted stages. Not an nn.Module: a stage has no submodules or hooks, and p(name) is one dictionary look-up.
+
+    Each mesh axis is an attribute (`self.tp`) that holds the runtime's Axis.
+    """
+
+    PARAMS: ClassVar[Mapping[str, str]] = {}
+    BUFFERS: ClassVar[Mapping[str, str]] = {}
+    INPUTS: ClassVar[Mapping[str, str]] = {}
+    RECEIVES: ClassVar[Mapping[str, Receive]] = {}
+    SENDS: ClassVar[Mapping[str, Send]] = {}
+    OUTPUTS: ClassVar[Mapping[str, str]] = {}
+    PARTIAL_GRADIENTS: ClassVar[tuple[str, ...]] = ()
+    TIED: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    TIED_EXACT: ClassVar[bool] = True
+
+    forward: Callable[..., Any]
+    tp: Any
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        axes: Mapping[str, Any],
+        coords: Mapping[str, int],
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        missing = [name for name in (*self.PARAMS, *self.BUFFERS) if name not in tensors]
+        if missing:
+            raise BadPlan(f"{type(self).__name__} needs {', '.join(missing)}, which was not given.")
+        self._tensors = dict(tensors)
+        self.p: Callable[[str], torch.Tensor] = self._tensors.__getitem__
+        self.device = torch.device(device)
+        self.training = True
+        for name, axis in axes.items():
+            setattr(self, name, axis)
+        self._coords = dict(coords)
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        """Start the random generators anew."""
+        whole = {name: coord for name, coord in self._coords.items() if name != "tp"}
+        self._shared = self._generator(seed, whole)
+        self._sharded = self._generator(seed, {**whole, "tp": self._coords.get("tp", 0)})
+
+    def _generator(self, seed: int, coords: Mapping[str, int]) -> torch.Generator:
+        digest = hashlib.blake2b(
+            repr((seed, type(self).__name__, sorted(coords.items()))).encode(), digest_size=7
+        ).digest()
+        return torch.Generator(self.device).manual_seed(int.from_bytes(digest, "big"))
+
+    def generator(self, sharded: bool) -> torch.Generator:
+        """Random numbers for a value that is split over tp (other numbers on each tp rank) or whole (the same on all)."""
+        return self._sharded if sharded else self._shared
+
+
+@dataclass(frozen=True)
+class Program:
+    """A loaded rank program."""
+
+    title: str
+    stages: tuple[type[StageModule], ...]
+    schedule: tuple[Instruction, ...]
+    mesh: Mapping[str, int]
+    coords: Mapping[str, int]
+    batch: Mapping[str, str]
+    loss_weights: Callable[..., tuple[Any, ...]] | None = None
+    loss_stage: int = -1
+    filename: str = ""
+    source: str = field(default="", repr=False)
+
+    @property
+    def stage(self) -> type[StageModule]:
+        """The first (with most schedules the only) stage of this rank."""
+        return self.stages[0]
+
+    @property
+    def num_microbatches(self) -> int:
+        """As many as the schedule runs forward."""
+        return len({instruction.microbatch for instruction in self.schedule if isinstance(instruction, Forward)})
+
+
+def load_program(source_text: str, filename: str) -> Program:
+    """Run the text of an emitted program. Tracebacks through it show its lines. BadPlan if it is not one."""
+    linecache.cache[filename] = (len(source_text), None, source_text.splitlines(keepends=True), filename)
+    module = types.ModuleType(f"autopar_program_{hashlib.blake2b(source_text.encode(), digest_size=6).hexdigest()}")
+    module.__file__ = filename
+    try:
+        exec(compile(source_text, filename, "exec"), module.__dict__)
+    except SyntaxError as error:
+        raise BadPlan(f"{filename} is not Python.", where=f"line {error.lineno}", why=str(error)) from error
+    names = vars(module)
+    stages = tuple(
+        value
+        for value in names.values()
+        if inspect.isclass(value) and issubclass(value, StageModule) and value.__module__ == module.__name__
+    )
+    absent = [name for name in ("MESH", "COORDS", "SCHEDULE") if name not in names]
+    if absent or not stages:
+        raise BadPlan(f"{filename} is not a rank program.", why=f"it has no {absent[0] if absent else 'StageModule'}")
+    inputs: dict[str, str] = {}
+    for stage in stages:
+        inputs.update(stage.INPUTS)
+    mesh = dict(names["MESH"])
+    return Program(
+        title=(module.__doc__ or "").strip(),
+        stages=stages,
+        schedule=tuple(names["SCHEDULE"]),
+        mesh=mesh,
+        coords=dict(names["COORDS"]),
+        batch=dict(names.get("BATCH", inputs)),
+        loss_weights=names.get("loss_weights"),
+        loss_stage=names.get("LOSS_STAGE", mesh.get("pp", 1) - 1),
+        filename=filename,
+        source=source_text,
+    )

@@ -1,0 +1,425 @@
+"""How an op's cost follows from the shapes of its inputs and outputs: formulas shared by the rows of `costmodel.ops`.
+
+They count what eager torch does with one kernel an op. FLOPs: a multiplication and an addition are two; matrix products
+are exact, element-wise ops carry a rough count per element, because memory traffic decides their time. Bytes: every
+input is read and every output written once (fused attention never writes its scores). Backward: what autograd's formula
+for the op (derivatives.yaml in torch) reads, computes and writes for the inputs that need gradients. Saved: what the
+same formulas keep from forward to backward; parameters are not counted, they are in memory anyway. Sizes are ints or
+sympy expressions; the same formulas serve both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import sympy
+
+from costmodel.cost import Amount, Cost
+
+Size: TypeAlias = int | sympy.Expr
+STAT_BYTES = 4  # norms and attention keep their statistics in f32 whatever the dtype
+
+
+def product(sizes: Sequence[Size]) -> Any:
+    """The product of sizes; ints multiply as ints, sympy sees what is left."""
+    number = 1
+    symbolic: list[sympy.Expr] = []
+    for size in sizes:
+        if isinstance(size, int):
+            number *= size
+        else:
+            symbolic.append(size)
+    return sympy.Mul(number, *symbolic) if symbolic else number
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShape:
+    """Shape and element size of a value; `floating` if it can carry gradients, `parameter` if it is a weight (never
+    counted as saved).
+    """
+
+    shape: tuple[Size, ...]
+    bytes_per_element: int
+    floating: bool = True
+    parameter: bool = False
+
+    @property
+    def numel(self) -> Any:
+        return product(self.shape)
+
+    @property
+    def num_bytes(self) -> Any:
+        return self.numel * self.bytes_per_element
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One use of an op: its tensor inputs in order, its tensor outputs, which inputs need gradients, and whether
+    attention is causal.
+    """
+
+    inputs: tuple[TensorShape, ...]
+    outputs: tuple[TensorShape, ...]
+    trainable: tuple[bool, ...]
+    causal: bool = False
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(self.trainable)
+
+    @property
+    def input_bytes(self) -> Any:
+        return sum(tensor.num_bytes for tensor in self.inputs)
+
+    @property
+    def output_bytes(self) -> Any:
+        return sum(tensor.num_bytes for tensor in self.outputs)
+
+    @property
+    def gradient_bytes(self) -> Any:
+        """Bytes of the gradients that the backward writes: one per trainable input."""
+        return sum(tensor.num_bytes for tensor, wanted in zip(self.inputs, self.trainable, strict=True) if wanted)
+
+    @property
+    def largest(self) -> Any:
+        """Elements of the work: of the output, or of the first input where a reduction made the output smaller."""
+        out = self.outputs[0].numel if self.outputs else 0
+        first = self.inputs[0].numel if self.inputs else 0
+        if isinstance(out, int) and isinstance(first, int):
+            return max(out, first)
+        # Where the sizes cannot be compared, the difference in rank tells a reduction from a broadcast.
+        larger = sympy.sympify(first - out).is_positive
+        reduced = len(self.inputs[0].shape) > len(self.outputs[0].shape) if larger is None and self.inputs else larger
+        return first if reduced else out
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What autograd keeps for an op's backward: inputs and outputs by index, and bytes of what is neither (statistics,
+    masks).
+    """
+
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    extra_bytes: Amount = 0
+
+
+Formula = Callable[[Call], Any]
+SaveRule = Callable[[Call], Saved]
+
+
+# What is saved
+
+
+def keeps_nothing(call: Call) -> Saved:
+    return Saved()
+
+
+def keeps_inputs(call: Call) -> Saved:
+    return Saved(inputs=tuple(range(len(call.inputs))))
+
+
+def keeps_first(call: Call) -> Saved:
+    return Saved(inputs=(0,) if call.inputs else ())
+
+
+def keeps_output(call: Call) -> Saved:
+    return Saved(outputs=(0,))
+
+
+def keeps_indices(call: Call) -> Saved:
+    """The integer or boolean inputs: what was gathered, masked or chosen."""
+    return Saved(inputs=tuple(index for index, tensor in enumerate(call.inputs) if not tensor.floating))
+
+
+def keeps_partners(call: Call) -> Saved:
+    """A product's gradient to one factor needs the others."""
+    factors = range(len(call.inputs))
+    return Saved(
+        inputs=tuple(kept for kept in factors if any(call.trainable[other] for other in factors if other != kept))
+    )
+
+
+def keeps_quotient(call: Call) -> Saved:
+    """a / b: the gradient to a needs b, the gradient to b needs both."""
+    if len(call.inputs) < 2:
+        return Saved()
+    return Saved(inputs=(0, 1) if call.trainable[1] else (1,))
+
+
+def keeps_mask(call: Call) -> Saved:
+    """Dropout's mask: one byte an element, as the fused kernel keeps it."""
+    return Saved(extra_bytes=call.outputs[0].numel)
+
+
+def keeps_statistics(num_statistics: int, rows: Formula) -> SaveRule:
+    """A norm's input and so many f32 statistics per normalised row."""
+    return lambda call: Saved(inputs=(0,), extra_bytes=num_statistics * STAT_BYTES * rows(call))
+
+
+# Rows
+
+
+def _grads_and_saved(call: Call, saved: Saved) -> Any:
+    """Bytes that a backward reads: the gradient of each output, and what was saved (parameters too: they are read, if
+    not kept).
+    """
+    kept = sum(call.inputs[index].num_bytes for index in saved.inputs)
+    kept += sum(call.outputs[index].num_bytes for index in saved.outputs)
+    return call.output_bytes + kept + saved.extra_bytes
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """The formulas of one op. Backward formulas are asked only where an input needs a gradient."""
+
+    flops: Formula
+    backward_flops: Formula
+    saves: SaveRule = keeps_nothing
+    read: Formula = lambda call: call.input_bytes
+    written: Formula = lambda call: call.output_bytes
+    backward_read: Formula | None = None  # None: the outputs' gradients and what was saved
+    backward_written: Formula = lambda call: call.gradient_bytes
+    kernels: int = 1
+    backward_kernels: Formula = lambda call: 1
+
+    def __call__(
+        self,
+        inputs: Sequence[TensorShape],
+        outputs: Sequence[TensorShape],
+        trainable: Sequence[bool],
+        causal: bool = False,
+    ) -> Cost:
+        call = Call(tuple(inputs), tuple(outputs), tuple(trainable), causal)
+        flops, read, written = self.flops(call), self.read(call), self.written(call)
+        if not any(call.trainable):
+            return Cost(forward_flops=flops, read_bytes=read, written_bytes=written, forward_kernels=self.kernels)
+        saved = self.saves(call)
+        backward_read = self.backward_read(call) if self.backward_read else _grads_and_saved(call, saved)
+        kernels = self.backward_kernels(call)
+        return Cost(
+            forward_flops=flops,
+            backward_flops=self.backward_flops(call),
+            read_bytes=read,
+            written_bytes=written,
+            backward_read_bytes=backward_read if kernels else 0,
+            backward_written_bytes=self.backward_written(call) if kernels else 0,
+            saved_bytes=saved_bytes(call, saved),
+            forward_kernels=self.kernels,
+            backward_kernels=kernels,
+        )
+
+
+def saved_bytes(call: Call, saved: Saved) -> Any:
+    """Bytes of what is saved, parameters excluded."""
+    kept = sum(call.inputs[index].num_bytes for index in saved.inputs if not call.inputs[index].parameter)
+    return kept + sum(call.outputs[index].num_bytes for index in saved.outputs) + saved.extra_bytes
+
+
+def pointwise(flops_per_element: int, saves: SaveRule = keeps_first, *, backward: int | None = None) -> OpRow:
+    """Element-wise ops and reductions: `flops_per_element` over the larger of input and output, as much per gradient
+    unless told.
+    """
+    each = flops_per_element if backward is None else backward
+    return OpRow(
+        flops=lambda call: flops_per_element * call.largest,
+        backward_flops=lambda call: each * call.num_trainable * call.largest,
+        saves=saves,
+        backward_kernels=lambda call: call.num_trainable,
+    )
+
+
+def sums() -> OpRow:
+    """add and sub: the gradient passes through as it is; only an operand that was broadcast needs its gradient summed,
+    in one kernel.
+    """
+
+    def broadcast(call: Call) -> list[TensorShape]:
+        pairs = zip(call.inputs, call.trainable, strict=True)
+        return [tensor for tensor, wanted in pairs if wanted and tensor.shape != call.outputs[0].shape]
+
+    return OpRow(
+        flops=lambda call: call.outputs[0].numel,
+        backward_flops=lambda call: call.outputs[0].numel * len(broadcast(call)),
+        backward_read=lambda call: call.output_bytes * len(broadcast(call)),
+        backward_written=lambda call: sum(tensor.num_bytes for tensor in broadcast(call)),
+        backward_kernels=lambda call: len(broadcast(call)),
+    )
+
+
+def copies() -> OpRow:
+    """Ops that only move bytes, and whose gradient moves back: dtype conversion, repeat, roll, ..."""
+    return OpRow(flops=lambda call: 0, backward_flops=lambda call: 0)
+
+
+def hands_gradient_on(flops_per_element: int = 0) -> OpRow:
+    """Ops whose backward is a view of the gradient: clone hands it on, cat slices it, sum expands it."""
+    return OpRow(
+        flops=lambda call: flops_per_element * call.largest,
+        backward_flops=lambda call: 0,
+        backward_kernels=lambda call: 0,
+    )
+
+
+def contraction(flops: Formula, left: int, right: int, *, right_is_weight: bool = False) -> OpRow:
+    """A matrix product of inputs `left` and `right`. Its gradient to either is a product as large as the forward's,
+    with the other operand.
+
+    Inputs besides the two are biases: their gradient is the sum of the output's. Source of 2 m n k: Golub and Van Loan,
+    section 1.1.
+    """
+
+    def operands_wanted(call: Call) -> int:
+        return int(call.trainable[left]) + int(call.trainable[right])
+
+    def biases(call: Call) -> list[TensorShape]:
+        wanted = (index for index, flag in enumerate(call.trainable) if flag and index not in (left, right))
+        return [call.inputs[index] for index in wanted]
+
+    def saves(call: Call) -> Saved:
+        kept = [left] if call.trainable[right] else []
+        if call.trainable[left] and not right_is_weight:
+            kept.append(right)
+        return Saved(inputs=tuple(kept))
+
+    def backward_read(call: Call) -> Any:
+        partners = ((left, right), (right, left))
+        other = sum(call.inputs[read].num_bytes for wanted, read in partners if call.trainable[wanted])
+        return other + call.output_bytes * (operands_wanted(call) + len(biases(call)))
+
+    return OpRow(
+        flops=flops,
+        backward_flops=lambda call: flops(call) * operands_wanted(call) + call.outputs[0].numel * len(biases(call)),
+        saves=saves,
+        backward_read=backward_read,
+        backward_kernels=lambda call: call.num_trainable,
+    )
+
+
+def matmul_flops(left: int) -> Formula:
+    """2 m n k: k is the last dim of the left operand, m n (and every batch dim) is in the output."""
+    return lambda call: 2 * call.outputs[0].numel * call.inputs[left].shape[-1]
+
+
+def convolution_flops(call: Call) -> Any:
+    """2 · outputs · (in_channels / groups) · kernel positions: the weight is [out_channels, in_channels / groups,
+    *kernel].
+    """
+    return 2 * call.outputs[0].numel * product(call.inputs[1].shape[1:])
+
+
+def transposed_convolution_flops(call: Call) -> Any:
+    """2 · inputs · (out_channels / groups) · kernel positions: the weight is [in_channels, out_channels / groups,
+    *kernel].
+    """
+    return 2 * call.inputs[0].numel * product(call.inputs[1].shape[1:])
+
+
+def einsum_flops(call: Call) -> Any:
+    """An estimate without the equation: exact for a plain product (sqrt(mk · kn · mn) = mnk), too high with batch
+    dims.
+    """
+    if len(call.inputs) != 2:
+        return 2 * sum(tensor.numel for tensor in call.inputs)
+    volume = call.inputs[0].numel * call.inputs[1].numel * call.outputs[0].numel
+    return 2 * (math.isqrt(volume) if isinstance(volume, int) else sympy.sqrt(volume))
+
+
+# Attention: query [..., L, E], key [..., S, E], value [..., S, Ev], perhaps a mask; the output is [..., L, Ev]
+
+
+def _attention_rows(call: Call) -> Any:
+    return product(call.inputs[0].shape[:-1])
+
+
+def _attention_flops(call: Call) -> Any:
+    """2 L S (E + Ev) per batch and head; half of it if causal, as fused kernels skip what is masked (Dao 2023, section
+    3).
+    """
+    width = call.inputs[0].shape[-1] + call.inputs[2].shape[-1]
+    return (1 if call.causal else 2) * _attention_rows(call) * call.inputs[1].shape[-2] * width
+
+
+def _attention_backward_flops(call: Call) -> Any:
+    """Five products for the forward's two: the scores again, then the gradients to value, probabilities, query and key
+    (Dao 2023).
+    """
+    query_width, value_width = call.inputs[0].shape[-1], call.inputs[2].shape[-1]
+    width = 3 * query_width + 2 * value_width
+    return (1 if call.causal else 2) * _attention_rows(call) * call.inputs[1].shape[-2] * width
+
+
+def _attention_saves(call: Call) -> Saved:
+    """Query, key, value, mask, output, each row's log-sum-exp. A mask that learns rules out the fused kernel: scores
+    are kept.
+    """
+    extra = STAT_BYTES * _attention_rows(call)
+    if any(call.trainable[3:]):
+        extra += _attention_rows(call) * call.inputs[1].shape[-2] * call.inputs[0].bytes_per_element
+    return Saved(inputs=tuple(range(len(call.inputs))), outputs=(0,), extra_bytes=extra)
+
+
+ATTENTION = OpRow(flops=_attention_flops, backward_flops=_attention_backward_flops, saves=_attention_saves)
+
+
+# Norms, lookups and losses
+
+
+def rows_of_last_dims(call: Call) -> Any:
+    """Rows that a layer or RMS norm normalises: all dims but those of its weight (the last one if it has none)."""
+    num_dims = len(call.inputs[1].shape) if len(call.inputs) > 1 else 1
+    return product(call.inputs[0].shape[: len(call.inputs[0].shape) - num_dims])
+
+
+def norm(flops_per_element: int, num_statistics: int, rows: Formula) -> OpRow:
+    """Forward in one pass; backward in one for the input's gradient and, if it has a weight that learns, one for weight
+    and bias.
+    """
+    return OpRow(
+        flops=lambda call: flops_per_element * call.inputs[0].numel,
+        backward_flops=lambda call: 2 * flops_per_element * call.inputs[0].numel,
+        saves=keeps_statistics(num_statistics, rows),
+        written=lambda call: call.outputs[0].num_bytes + num_statistics * STAT_BYTES * rows(call),
+        backward_read=lambda call: 2 * call.inputs[0].num_bytes * (1 + any(call.trainable[1:])),
+        backward_kernels=lambda call: 1 + any(call.trainable[1:]),
+    )
+
+
+def softmax() -> OpRow:
+    """Maximum, difference, exponential, sum, quotient; backward: y (g - sum(y g)), from the output alone."""
+    return pointwise(5, keeps_output, backward=4)
+
+
+def lookup(saves: SaveRule = keeps_indices) -> OpRow:
+    """Rows of input 0 by integer inputs: only those rows are read, but the gradient is as large as the whole table."""
+    return OpRow(
+        flops=lambda call: 0,
+        backward_flops=lambda call: call.outputs[0].numel,
+        saves=saves,
+        read=lambda call: call.output_bytes + sum(tensor.num_bytes for tensor in call.inputs if not tensor.floating),
+    )
+
+
+CROSS_ENTROPY = OpRow(
+    # log_softmax over the logits, then one element a row is picked; autograd keeps the log-probabilities, not the
+    # logits.
+    flops=lambda call: 5 * call.inputs[0].numel,
+    backward_flops=lambda call: 3 * call.inputs[0].numel,
+    saves=lambda call: Saved(inputs=(1,), extra_bytes=call.inputs[0].num_bytes),
+    written=lambda call: call.inputs[0].num_bytes + call.output_bytes,
+    # The picked elements' gradient is scattered into zeros as large as the logits, which the softmax's backward reads.
+    backward_read=lambda call: 2 * call.inputs[0].num_bytes + call.inputs[1].num_bytes,
+    backward_written=lambda call: 2 * call.inputs[0].num_bytes,
+    kernels=2,
+    backward_kernels=lambda call: 2,
+)
+NLL = OpRow(
+    flops=lambda call: call.inputs[1].numel,
+    backward_flops=lambda call: call.inputs[1].numel,
+    saves=lambda call: Saved(inputs=(1,)),
+    read=lambda call: call.inputs[1].num_bytes + call.inputs[1].numel * call.inputs[0].bytes_per_element,
+)
+CREATION = OpRow(flops=lambda call: 0, backward_flops=lambda call: 0, read=lambda call: 0)

@@ -1,0 +1,87 @@
+"""Ops that need more than their shard: what one rank computes when the vocabulary of an embedding or of a cross entropy is split.
+
+Each is the `local=` rewrite of one rule. They talk to an `Axis` and are called by emitted programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from passes.reshard import Axis
+
+
+def sharded_embedding(weight: torch.Tensor, indices: torch.Tensor, axis: Axis, *, padding_idx: int = -1) -> torch.Tensor:
+    """Rows of a table whose dim 0 is split over `axis`: this rank's summand of the result, zero where another rank has the row.
+
+    `padding_idx` is the row of the whole table that gets no gradient (-1: none).
+    """
+    first = axis.coord * weight.shape[0]
+    local = indices - first
+    elsewhere = (local < 0) | (local >= weight.shape[0])
+    if padding_idx >= 0:
+        # that row's value is wanted but its gradient is not; which row it is differs per shard
+        mine = padding_idx - first
+        keep = mine if 0 <= mine < weight.shape[0] else None
+    else:
+        keep = None
+    rows = F.embedding(local.masked_fill(elsewhere, 0), weight)
+    if keep is not None:
+        rows = torch.where((local == keep).unsqueeze(-1), rows.detach(), rows)
+    return rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+
+
+class _ShardedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, axis: Axis, reduction: int, ignore_index: int, label_smoothing: float
+    ) -> torch.Tensor:
+        dim = 1 if logits.ndim > 1 else 0
+        num_local, num_classes = logits.shape[dim], logits.shape[dim] * axis.size
+        largest = axis.all_reduce(logits.amax(dim).contiguous(), "max")
+        shifted = logits - largest.unsqueeze(dim)
+        exponentials = shifted.exp()
+        local = target - axis.coord * num_local
+        elsewhere = (local < 0) | (local >= num_local)
+        local = local.masked_fill(elsewhere, 0).unsqueeze(dim)
+        predicted = shifted.gather(dim, local).squeeze(dim).masked_fill(elsewhere, 0.0)
+        sums = [exponentials.sum(dim), predicted] + ([shifted.sum(dim)] if label_smoothing else [])
+        total, predicted, *rest = axis.all_reduce(torch.stack(sums)).unbind(0)
+        log_total = total.log()
+        losses = log_total - predicted
+        if label_smoothing:
+            losses = (1 - label_smoothing) * losses + label_smoothing * (log_total - rest[0] / num_classes)
+        ignored = target == ignore_index
+        losses = losses.masked_fill(ignored, 0.0)
+        count = (~ignored).sum().to(logits.dtype)
+        ctx.save_for_backward(exponentials.div_(total.unsqueeze(dim)), local, elsewhere, ignored, count)
+        ctx.dim, ctx.reduction, ctx.label_smoothing, ctx.num_classes = dim, reduction, label_smoothing, num_classes
+        if reduction == 0:
+            return losses
+        return losses.sum() / count if reduction == 1 else losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        probabilities, local, elsewhere, ignored, count = ctx.saved_tensors
+        dim, smoothing = ctx.dim, ctx.label_smoothing
+        scale = grads[0] / count if ctx.reduction == 1 else grads[0]
+        scale = (scale if ctx.reduction == 0 else scale.expand(ignored.shape)).masked_fill(ignored, 0.0).unsqueeze(dim)
+        grad = probabilities * scale
+        one_hot = scale * (1 - smoothing)
+        grad.scatter_add_(dim, local, -one_hot.masked_fill(elsewhere.unsqueeze(dim), 0.0))
+        if smoothing:
+            grad -= scale * (smoothing / ctx.num_classes)
+        return grad, None, None, None, None, None
+
+
+def sharded_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, axis: Axis, *, reduction: int = 1, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Cross entropy of logits whose class dim is split over `axis`, without ever gathering them; the same result on every rank.
+
+    logits f[N, C/axis, ...], target i64[N, ...]. Two all_reduces of [N] values: the largest logit, then the sums.
+    `reduction` is ATen's: 0 none, 1 mean over the targets that are not ignored, 2 sum.
+    """
+    return _ShardedCrossEntropy.apply(logits, target, axis, reduction, ignore_index, label_smoothing)

@@ -1,0 +1,251 @@
+"""RESHARDS: how a value moves from the placement it has to the one that is wanted. One row each: the function, its gradient, its bytes.
+
+The functions are what emitted programs call. They talk to an `Axis`, a mesh axis as one rank sees it; the runtime implements it over
+torch.distributed, so this package stays free of process groups.
+
+There is no row that makes a `Partial` out of a whole value: it would only postpone an all_reduce, and move roundings about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from costmodel.collectives import all_gather_seconds, all_reduce_seconds, all_to_all_seconds, reduce_scatter_seconds
+from costmodel.hardware import Hardware, Link
+from passes.placement import Copied, Partial, Placement, Replicate, Shard, local_shard, whole_tensor
+
+Segments = int | tuple[int, ...]
+
+
+class Axis(Protocol):
+    """One mesh axis as a rank sees it. Tensors passed in are contiguous; `all_reduce` works in place and returns its argument."""
+
+    name: str
+    size: int
+    coord: int
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor: ...
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor: ...  # [*shape] -> [size, *shape]
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor: ...  # [size, *shape] -> [*shape]
+    def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor: ...  # [size, *shape] -> [size, *shape]
+
+
+def _gather(x: torch.Tensor, axis: Axis, dim: int, segments: Segments) -> torch.Tensor:
+    pieces = axis.all_gather(x.contiguous())
+    if dim == 0 and segments == 1:
+        return pieces.flatten(0, 1)
+    return whole_tensor(pieces.unbind(0), Shard(dim, segments))
+
+
+def _scatter_sum(x: torch.Tensor, axis: Axis, dim: int, segments: Segments) -> torch.Tensor:
+    pieces = [local_shard(x, Shard(dim, segments), axis_size=axis.size, coord=coord) for coord in range(axis.size)]
+    return axis.reduce_scatter(torch.stack(pieces))
+
+
+def _mine(x: torch.Tensor, axis: Axis, dim: int, segments: Segments) -> torch.Tensor:
+    return local_shard(x, Shard(dim, segments), axis_size=axis.size, coord=axis.coord).contiguous()
+
+
+def _in_place(x: torch.Tensor, axis: Axis, dim: int, segments: Segments) -> torch.Tensor:
+    """The whole tensor, zero but for this rank's piece."""
+    pieces = [x if coord == axis.coord else torch.zeros_like(x) for coord in range(axis.size)]
+    return whole_tensor(pieces, Shard(dim, segments))
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return ctx.axis.all_reduce(grads[0].clone(memory_format=torch.contiguous_format)), None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, partial_gradient: bool) -> torch.Tensor:
+        ctx.axis, ctx.partial_gradient = axis, partial_gradient
+        return axis.all_reduce(x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        if ctx.partial_gradient:
+            return ctx.axis.all_reduce(grads[0].clone(memory_format=torch.contiguous_format)), None, None
+        return grads[0], None, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, dim: int, segments: Segments, partial_gradient: bool) -> torch.Tensor:
+        ctx.rest, ctx.partial_gradient = (axis, dim, segments), partial_gradient
+        return _gather(x, axis, dim, segments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        back = _scatter_sum if ctx.partial_gradient else _mine
+        return back(grads[0], *ctx.rest), None, None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, dim: int, segments: Segments) -> torch.Tensor:
+        ctx.rest = (axis, dim, segments)
+        return _scatter_sum(x, axis, dim, segments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return _gather(grads[0], *ctx.rest), None, None, None
+
+
+class _TakeShard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, dim: int, segments: Segments, partial_gradient: bool) -> torch.Tensor:
+        ctx.rest, ctx.partial_gradient = (axis, dim, segments), partial_gradient
+        return _mine(x, axis, dim, segments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        back = _in_place if ctx.partial_gradient else _gather
+        return back(grads[0], *ctx.rest), None, None, None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, have: Shard, want: Shard) -> torch.Tensor:
+        ctx.rest = (axis, want, have)
+        return _exchange(x, axis, have, want)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return _exchange(grads[0], *ctx.rest), None, None, None
+
+
+def _exchange(x: torch.Tensor, axis: Axis, have: Shard, want: Shard) -> torch.Tensor:
+    pieces = [local_shard(x, want, axis_size=axis.size, coord=coord) for coord in range(axis.size)]
+    return whole_tensor(axis.all_to_all(torch.stack(pieces)).unbind(0), have)
+
+
+class _OwnGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0] if ctx.axis.coord == 0 else torch.zeros_like(grads[0]), None
+
+
+def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The value as it is; its gradient is all-reduced. Replicate -> Copied, the entry of a column-parallel region."""
+    return _CopyTo.apply(x, axis)
+
+
+def all_reduce(x: torch.Tensor, axis: Axis, *, partial_gradient: bool = False) -> torch.Tensor:
+    """The sum over the axis; its gradient passes as it is (all-reduced too if partial). Partial -> Replicate (Copied)."""
+    return _AllReduce.apply(x, axis, partial_gradient)
+
+
+def all_gather(x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, partial_gradient: bool = False) -> torch.Tensor:
+    """The whole value from its shards; the gradient is sliced (reduce-scattered if partial). Shard -> Replicate (Copied)."""
+    return _AllGather.apply(x, axis, dim, segments, partial_gradient)
+
+
+def reduce_scatter(x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1) -> torch.Tensor:
+    """This rank's shard of the sum; the gradient is gathered. Partial -> Shard."""
+    return _ReduceScatter.apply(x, axis, dim, segments)
+
+
+def take_shard(x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, partial_gradient: bool = False) -> torch.Tensor:
+    """This rank's shard of a whole value; the gradient is gathered (left in its place among zeros if partial). Replicate (Copied) -> Shard."""
+    return _TakeShard.apply(x, axis, dim, segments, partial_gradient)
+
+
+def all_to_all(x: torch.Tensor, axis: Axis, *, have: tuple[int, Segments], want: tuple[int, Segments]) -> torch.Tensor:
+    """A value split along one dim, split along another; `have` and `want` are (dim, segments). The gradient goes back the same way."""
+    return _AllToAll.apply(x, axis, Shard(*have), Shard(*want))
+
+
+def own_gradient(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The value as it is; of the equal gradients only the first rank's counts. Copied -> Replicate."""
+    return _OwnGradient.apply(x, axis)
+
+
+@dataclass(frozen=True)
+class Reshard:
+    """One row: from `have` to `want` by `function`; which collective runs forward and which in backward ("" for none)."""
+
+    have: type
+    want: type
+    function: Callable[..., torch.Tensor]
+    arguments: Callable[[Any, Any], dict[str, Any]]
+    forward: str
+    backward: str
+
+
+def _shard_of(placement: Any) -> dict[str, Any]:
+    return {"dim": placement.dim} | ({"segments": placement.segments} if placement.segments != 1 else {})
+
+
+_PARTIAL_GRADIENT = {"partial_gradient": True}
+
+RESHARDS: tuple[Reshard, ...] = (
+    Reshard(Replicate, Copied, copy_to, lambda have, want: {}, "", "all_reduce"),
+    Reshard(Copied, Replicate, own_gradient, lambda have, want: {}, "", ""),
+    Reshard(Partial, Replicate, all_reduce, lambda have, want: {}, "all_reduce", ""),
+    Reshard(Partial, Copied, all_reduce, lambda have, want: _PARTIAL_GRADIENT, "all_reduce", "all_reduce"),
+    Reshard(Partial, Shard, reduce_scatter, lambda have, want: _shard_of(want), "reduce_scatter", "all_gather"),
+    Reshard(Shard, Replicate, all_gather, lambda have, want: _shard_of(have), "all_gather", ""),
+    Reshard(Shard, Copied, all_gather, lambda have, want: _shard_of(have) | _PARTIAL_GRADIENT, "all_gather", "reduce_scatter"),
+    Reshard(Replicate, Shard, take_shard, lambda have, want: _shard_of(want), "", "all_gather"),
+    Reshard(Copied, Shard, take_shard, lambda have, want: _shard_of(want) | _PARTIAL_GRADIENT, "", ""),
+    Reshard(
+        Shard, Shard, all_to_all,
+        lambda have, want: {"have": (have.dim, have.segments), "want": (want.dim, want.segments)}, "all_to_all", "all_to_all",
+    ),
+)  # fmt: skip
+
+_BY_KINDS = {(row.have, row.want): row for row in RESHARDS}
+_SECONDS = {
+    "all_reduce": all_reduce_seconds,
+    "all_gather": all_gather_seconds,
+    "reduce_scatter": reduce_scatter_seconds,
+    "all_to_all": all_to_all_seconds,
+}
+
+
+def find_reshard(have: Placement, want: Placement) -> Reshard | None:
+    """The row that leads from `have` to `want`; None if there is none."""
+    return _BY_KINDS.get((type(have), type(want)))
+
+
+def collective_seconds(collective: str, *, num_bytes: float, axis_size: int, link: Link) -> float:
+    """Seconds of a named collective on a value of `num_bytes` whole bytes; 0 for ""."""
+    return _SECONDS[collective](num_bytes=num_bytes, axis_size=axis_size, link=link) if collective else 0.0
+
+
+def reshard_seconds(
+    have: Placement, want: Placement, *, num_bytes: float, axis_size: int, hardware: Hardware, link: Link, trainable: bool
+) -> float:
+    """Forward plus backward seconds of moving a value of `num_bytes` (whole) from `have` to `want`; inf if there is no way.
+
+    Beside the collective itself, pieces that are not contiguous in memory (any dim but the first, fused dims) cost one read and one
+    write of the whole value where they are put together or taken apart.
+    """
+    if have == want or (not trainable and isinstance(have, (Replicate, Copied)) and isinstance(want, (Replicate, Copied))):
+        return 0.0
+    row = find_reshard(have, want)
+    if row is None:
+        return float("inf")
+    seconds = collective_seconds(row.forward, num_bytes=num_bytes, axis_size=axis_size, link=link)
+    if trainable:
+        seconds += collective_seconds(row.backward, num_bytes=num_bytes, axis_size=axis_size, link=link)
+    shards = [p for p in (have, want) if isinstance(p, Shard)]
+    copies = sum(1 for p in shards if p.dim != 0 or p.segments != 1) * (2 if trainable else 1)
+    return seconds + copies * (2 * num_bytes / hardware.memory_bandwidth_bytes_per_second + hardware.launch_seconds)

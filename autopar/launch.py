@@ -1,13 +1,14 @@
 """Run a function on several local processes, one per rank, without torchrun.
 
-Design note. Starting a Python that imports torch takes seconds and hundreds of megabytes, so the ranks are forked from one server
-process that has imported it (multiprocessing's forkserver). Forking the caller itself would be as quick, but a process whose OpenMP
-pool or autograd engine has been used cannot be forked: the child hangs or raises. It is done only for a function that cannot be
-pickled (a closure, a lambda), and only while the caller has a single thread and has not run a backward.
+Design note. Starting a Python that imports torch takes seconds and hundreds of megabytes, so the ranks are forked
+from one server process that has imported it (multiprocessing's forkserver). Forking the caller itself would be as
+quick, but a process whose OpenMP pool or autograd engine has been used cannot be forked: the child hangs or raises.
+It is done only for a function that cannot be pickled (a closure, a lambda), and only while the caller has a single
+thread and has not run a backward.
 
-The launcher keeps the store where the ranks meet, as torchrun's agent does: no port is guessed, and the store outlives any rank.
-Results and errors come back over a pipe per rank. When a rank fails the others get a moment to notice and to say what they saw, then
-they are stopped.
+The launcher keeps the store where the ranks meet, as torchrun's agent does: no port is guessed, and the store
+outlives any rank. Results and errors come back over a pipe per rank. When a rank fails the others get a moment to
+notice and to say what they saw, then they are stopped.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class _Rank:
 def launch(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout_seconds: float | None = None) -> list[Any]:
     """Run `fn(*args)` on `num_ranks` local processes and return what each rank's call returned, by rank.
 
-    Each process has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as under torchrun; torch gets its
-    share of the cores unless OMP_NUM_THREADS says otherwise. RankFailed with the rank's traceback if one raises or dies (the others
-    are stopped), or if the whole takes longer than `timeout_seconds`.
+    Each process has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as under torchrun;
+    torch gets its share of the cores unless OMP_NUM_THREADS says otherwise. RankFailed with the rank's traceback if
+    one raises or dies (the others are stopped), or if the whole takes longer than `timeout_seconds`.
     """
     if isinstance(num_ranks, bool) or not isinstance(num_ranks, int) or num_ranks < 1:
         raise BadArgument(f"The number of ranks is an integer of at least 1; got {num_ranks!r}.")
@@ -93,7 +94,9 @@ def launch(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout_seconds: 
 
 
 def _way_to_start(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The multiprocessing context, and what the processes are given: pickled bytes, or the function itself for a plain fork."""
+    """The multiprocessing context, and what the processes are given: pickled bytes, or the function itself for a plain
+    fork.
+    """
     main = sys.modules.get("__main__")
     interactive = getattr(fn, "__module__", None) == "__main__" and getattr(main, "__file__", None) is None
     problem = "it is defined in an interactive session" if interactive else ""
@@ -248,13 +251,11 @@ def _failure(failed: list[_Rank], timeout_seconds: float | None) -> RankFailed:
             f"rank{'s' if len(failed) > 1 else ''} {names} had not ended after {timeout_seconds:g} seconds"
         )
     # what the other ranks saw names the instruction that a dead rank was in
-    seen = next((rank.error for rank in failed if rank.consequence), None)
+    seen = next((rank.error.what for rank in failed if isinstance(rank.error, RankFailed)), "")
     if "\n" in first.text:
         reason = f"rank {first.rank} failed: {first.text.strip().splitlines()[-1]}"
         failure = RankFailed(f"{reason}\n\n{first.text}")
     else:
-        failure = RankFailed(
-            f"rank {first.rank} {first.text}", why=f"the others saw: {seen}" if seen is not None else None
-        )
+        failure = RankFailed(f"rank {first.rank} {first.text}", why=f"the others saw: {seen}" if seen else None)
     failure.__cause__ = first.error
     return failure

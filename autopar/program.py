@@ -1,12 +1,13 @@
 """What an emitted rank program imports, and how the text of one becomes a `Program`.
 
-A program is a plain Python file: MESH and COORDS, one StageModule per stage of the rank, SCHEDULE, and for a model with a loss
-the function `loss_weights`. It runs under the runtime's Worker; it holds no weights.
+A program is a plain Python file: MESH and COORDS, one StageModule per stage of the rank, SCHEDULE, and for a model
+with a loss the function `loss_weights`. It runs under the runtime's Worker; it holds no weights.
 
-- `BATCH` (optional): the types of all of the model's inputs. It binds the size names on stages that read few inputs or none. If it
-  is missing, the stages' own INPUTS are used.
-- `loss_weights(*, <inputs>, <sizes>) -> tuple`: how much each of the loss terms of these rows counts: the number of labels for a
-  mean over labels, None for a sum. A microbatch's share is its weight over the sum of all microbatches' weights.
+- `BATCH` (optional): the types of all of the model's inputs. It binds the size names on stages that read few inputs
+  or none. If it is missing, the stages' own INPUTS are used.
+- `loss_weights(*, <inputs>, <sizes>) -> tuple`: how much each of the loss terms of these rows counts: the number of
+  labels for a mean over labels, None for a sum. A microbatch's share is its weight over the sum of all microbatches'
+  weights.
 - `LOSS_STAGE` (optional): the stage whose outputs hold `loss`; the last if it is missing.
 """
 
@@ -70,7 +71,8 @@ class Send:
 
 
 class StageModule:
-    """The base of emitted stages. Not an nn.Module: a stage has no submodules or hooks, and p(name) is one dictionary look-up.
+    """The base of emitted stages. Not an nn.Module: a stage has no submodules or hooks, and p(name) is one dictionary
+    look-up.
 
     Each mesh axis is an attribute (`self.tp`) that holds the runtime's Axis.
     """

@@ -11,7 +11,7 @@ import autopar
 
 
 class Classifier(nn.Module):
-    def __init__(self, width=32, classes=8):
+    def __init__(self, width=256, classes=8):
         super().__init__()
         self.inp = nn.Linear(2, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
@@ -43,7 +43,7 @@ def main():
         model, points_by_sector(64), tp=2, pp=2, microbatches=4, loss_fn=cross_entropy_with_small_logits
     )
     print(par.plan)
-    optimizer = torch.optim.AdamW(par.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(par.parameters(), lr=1e-3)
     for step in range(100):
         loss = par.step(**points_by_sector(64))
         optimizer.step()

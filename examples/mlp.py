@@ -22,7 +22,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, width=64):
+    def __init__(self, width=1024):
         super().__init__()
         self.block0 = Block(width)
         self.block1 = Block(width)
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 def example():
     """(model, example inputs): what the command line takes as TARGET, examples/mlp.py:example."""
-    return Net(), {"x": torch.randn(32, 64), "y": torch.randn(32, 64)}
+    return Net(), {"x": torch.randn(32, 1024), "y": torch.randn(32, 1024)}
 
 
 def main():
@@ -42,7 +42,7 @@ def main():
     par = autopar.parallelize(model, batch, tp=2, pp=2, microbatches=4)
     print(par.plan)
     print(par.plan.source(0))
-    optimizer = torch.optim.AdamW(par.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(par.parameters(), lr=1e-4)
     for step in range(5):
         loss = par.step(**batch)
         optimizer.step()

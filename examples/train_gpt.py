@@ -170,20 +170,20 @@ def batches(text: torch.Tensor, batch: int, seq: int, seed: int) -> Iterator[dic
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    """0 in a plain process: its ranks are threads, and this code runs once."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def from_rank(source: int, value: float) -> float:
     """`value` as rank `source` has it: what is decided from a clock, or known to one rank, is the same on all."""
     if not dist.is_initialized():
         return value
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    shared = torch.tensor(value, dtype=torch.float64)
     dist.broadcast(shared, source)
     return shared.item()
 
 
-def validation_loss(par: autopar.Parallel, text: torch.Tensor, batch: int, seq: int) -> float:
+def validation_loss(par, text: torch.Tensor, batch: int, seq: int) -> float:
     """Mean over four batches, always the same ones. par(...) has an output on the last stage only: on the last rank."""
     par.eval()
     samples = batches(text, batch, seq, seed=1)
@@ -216,7 +216,7 @@ class Untouched:
     def __init__(self, model: GPT):
         self.model = copy.deepcopy(model)
         self.optimizer = adamw(self.model.parameters())
-        self.largest_difference = 0.0
+        self.checked_steps, self.largest_difference = 0, 0.0
 
     def compare(self, step: int, batch: dict[str, torch.Tensor], lr: float, parallel_loss: float) -> str:
         """Takes the step that the parallel model has just taken; says how far apart the two losses are."""
@@ -229,12 +229,13 @@ class Untouched:
         self.optimizer.zero_grad()
         difference = abs(parallel_loss - loss.item())
         if step <= CHECKED_STEPS:
+            self.checked_steps = step
             self.largest_difference = max(self.largest_difference, difference)
         return f"step {step}: loss {parallel_loss:.6f}, untouched {loss.item():.6f}, difference {difference:.1e}"
 
     def verdict(self) -> tuple[bool, str]:
         ok = self.largest_difference <= CHECK_TOLERANCE
-        found = f"losses of the first {CHECKED_STEPS} steps differ by at most {self.largest_difference:.1e}"
+        found = f"losses of the first {self.checked_steps} steps differ by at most {self.largest_difference:.1e}"
         return ok, f"check {'ok' if ok else 'FAILED'}: {found}, {CHECK_TOLERANCE:.0e} allowed"
 
 
@@ -342,12 +343,27 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run_rank(args: argparse.Namespace) -> int:
+    """`train` on each rank; a problem that all ranks meet is told by one of them."""
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")  # for from_rank; autopar makes its own groups
+    try:
+        return train(args)
+    except autopar.errors.AutoparError as error:
+        if rank() == 0 or isinstance(error, autopar.errors.RankFailed):
+            print(f"train_gpt.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def main() -> int:
     args = parse_arguments()
+    if not args.launch:
+        return run_rank(args)
     try:
-        if args.launch:
-            return max(autopar.launch(functools.partial(train, args), args.tp * args.pp))
-        return train(args)
+        return max(autopar.launch(functools.partial(run_rank, args), args.tp * args.pp))
     except autopar.errors.AutoparError as error:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2

@@ -85,7 +85,7 @@ class _Importer:
         self.builder = Builder()
         self.by_symbol = {size_symbol(name): sympy.Integer(hint) for name, hint in imports.sizes.items()}
         self._exprs: dict[sympy.Expr, Any] = {}
-        self._origins: dict[tuple[str, str], Origin] = {}
+        self._places: dict[tuple[str, tuple[tuple[str, str], ...]], dict[str, Any]] = {}
 
     def expr(self, size: Any) -> Any:
         """A size as an int or a sympy expression over our symbols."""
@@ -102,7 +102,7 @@ class _Importer:
 
     def meta_of(self, node: fx.Node) -> dict[str, Any]:
         """The typed meta of a raw node, from its fake value and its stack."""
-        value, meta = node.meta.get("val"), {"origin": self.origin_of(node)}
+        value, meta = node.meta.get("val"), dict(self.place_of(node))
         if isinstance(value, torch.Tensor):
             meta["tensor"], meta["device"] = self.type_of(value), value.device
         elif isinstance(value, (list, tuple)):
@@ -112,18 +112,23 @@ class _Importer:
         return meta
 
     def origin_of(self, node: fx.Node) -> Origin:
-        stack = node.meta.get("stack_trace") or ""
-        modules = node.meta.get("nn_module_stack") or {}
-        path = next((entry[0] for entry in reversed(modules.values())), "")
-        if (stack, path) not in self._origins:
-            self._origins[stack, path] = Origin(re.sub(r"@\d+", "", path), *self._place(stack))
-        return self._origins[stack, path]
+        return self.place_of(node)["origin"]
 
-    def _place(self, stack: str) -> tuple[str, int, str]:
-        for file, line, source in reversed(_FRAME.findall(stack)):
-            if is_user_file(file) and file not in self.imports.skip_files:
-                return relative_file(file), int(line), source.strip()
-        return "", 0, ""
+    def place_of(self, node: fx.Node) -> dict[str, Any]:
+        """meta: `origin`; `frames`, the user's statements (file, line) it ran under, outermost first; `owner`, the innermost module
+        on its path that is no library module of torch: the module whose forward has the last of these statements."""
+        stack = node.meta.get("stack_trace") or ""
+        modules = tuple((path, str(kind)) for path, kind in (node.meta.get("nn_module_stack") or {}).values())
+        if (stack, modules) not in self._places:
+            found = [match for match in _FRAME.findall(stack) if is_user_file(match[0]) and match[0] not in self.imports.skip_files]
+            path = re.sub(r"@\d+", "", modules[-1][0]) if modules else ""
+            owners = [path for path, kind in modules if not kind.startswith("torch.nn.")]
+            self._places[stack, modules] = {
+                "origin": Origin(path, relative_file(found[-1][0]), int(found[-1][1]), found[-1][2].strip()) if found else Origin(path),
+                "frames": tuple((file, int(line)) for file, line, _ in found),
+                "owner": re.sub(r"@\d+", "", owners[-1]) if owners else "",
+            }
+        return self._places[stack, modules]
 
     def graph_of(self, module: fx.GraphModule) -> fx.Graph:
         graph, builder = module.graph, self.builder
@@ -215,7 +220,7 @@ class _Importer:
             return arg
         if arg not in region.detached:
             same = {key: arg.meta[key] for key in ("tensor", "tensors", "device") if key in arg.meta}
-            region.detached[arg] = self.builder.emit(aten.detach.default, (arg,), {}, {"origin": meta["origin"], **same})
+            region.detached[arg] = self.builder.emit(aten.detach.default, (arg,), {}, {**_place(meta), **same})
         return region.detached[arg]
 
     def autocast(
@@ -236,7 +241,7 @@ class _Importer:
             key = (arg, recorded)
             if key in region.casts:
                 return region.casts[key]
-            to = {"origin": meta["origin"], "tensor": TensorType(recorded, kind.shape), "device": arg.meta.get("device")}
+            to = {**_place(meta), "tensor": TensorType(recorded, kind.shape), "device": arg.meta.get("device")}
             new = self.builder.emit(aten.to.dtype, (arg, recorded), {}, to)
             if arg.op == "get_attr":
                 region.casts[key] = new
@@ -268,6 +273,10 @@ class _Importer:
 
 class _RegionOutputs(list[Any]):
     """The outputs of an inlined region, in place of the tuple that its call gave."""
+
+
+def _place(meta: dict[str, Any]) -> dict[str, Any]:
+    return {key: meta[key] for key in ("origin", "frames", "owner")}
 
 
 def _mutates(target: Any) -> bool:

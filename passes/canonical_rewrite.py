@@ -135,7 +135,8 @@ class Builder:
     ) -> fx.Node:
         """A node that the user's code does not have; `like` lends its origin, and its type where none is given."""
         kind: dict[str, Any] = {"tensors": tuple(tensors)} if tensors is not None else {"tensor": tensor or tensor_type(like)}
-        return self.emit(target, args, kwargs or {}, {"origin": origin(like), "device": like.meta.get("device"), **kind}, name)
+        place = {key: like.meta[key] for key in ("origin", "frames", "owner", "device") if key in like.meta}
+        return self.emit(target, args, kwargs or {}, {**place, **kind}, name)
 
     def size(self, expr: Size, where: Origin = Origin()) -> Any:
         """The int, or the one node, that computes a size expression."""

@@ -59,8 +59,10 @@ def _device_of(node: fx.Node) -> Any:
 
 
 def _layout_is_free(node: fx.Node) -> bool:
-    """True if nothing can tell whether this `contiguous` ran: it did nothing, or only reshapes read it."""
-    return bool(node.meta.get("no_op")) or all(op_name(user.target) in _SAME_SHAPE_SPELLINGS for user in node.users)
+    """True if nothing can tell whether this `contiguous` ran: it did nothing, or only reshapes read its result."""
+    return bool(node.meta.get("no_op")) or all(
+        op_name(user.target) in _SAME_SHAPE_SPELLINGS or (_identity(user) and _layout_is_free(user)) for user in node.users
+    )
 
 
 def _updated_states(graph: fx.Graph) -> set[str]:

@@ -89,11 +89,11 @@ class Pricing:
         """The link a mesh axis of this size uses."""
         return self.hardware.link(axis_size)
 
-    def reshard_seconds(self, value: TensorType, have: Placement, want: Placement, axis_size: int, trainable: bool) -> float:
+    def reshard_seconds(self, value: TensorType, have: Placement, want: Placement, axis_size: int, trainable: bool, regroup: bool = True) -> float:
         """Forward plus backward seconds of a reshard of one value."""
         return reshard_seconds(
             have, want, num_bytes=self.num_bytes(value), axis_size=axis_size, hardware=self.hardware,
-            link=self.link(axis_size), trainable=trainable,
+            link=self.link(axis_size), trainable=trainable, regroup=regroup,
         )  # fmt: skip
 
 

@@ -179,7 +179,11 @@ def own_gradient(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Reshard:
-    """One row: from `have` to `want` by `function`; which collective runs forward and which in backward ("" for none)."""
+    """One row: from `have` to `want` by `function`; which collective runs forward and which in backward ("" for none).
+
+    `regroups`: splits a whole value or a sum, or gathers a split one, outside of what a matmul does by itself. That is how activations
+    between the matmuls get split (sequence parallelism and its kin over features); it is only used where a plan asks for it.
+    """
 
     have: type
     want: type
@@ -187,6 +191,7 @@ class Reshard:
     arguments: Callable[[Any, Any], dict[str, Any]]
     forward: str
     backward: str
+    regroups: bool = False
 
 
 def _shard_of(placement: Any) -> dict[str, Any]:
@@ -200,14 +205,15 @@ RESHARDS: tuple[Reshard, ...] = (
     Reshard(Copied, Replicate, own_gradient, lambda have, want: {}, "", ""),
     Reshard(Partial, Replicate, all_reduce, lambda have, want: {}, "all_reduce", ""),
     Reshard(Partial, Copied, all_reduce, lambda have, want: _PARTIAL_GRADIENT, "all_reduce", "all_reduce"),
-    Reshard(Partial, Shard, reduce_scatter, lambda have, want: _shard_of(want), "reduce_scatter", "all_gather"),
-    Reshard(Shard, Replicate, all_gather, lambda have, want: _shard_of(have), "all_gather", ""),
-    Reshard(Shard, Copied, all_gather, lambda have, want: _shard_of(have) | _PARTIAL_GRADIENT, "all_gather", "reduce_scatter"),
-    Reshard(Replicate, Shard, take_shard, lambda have, want: _shard_of(want), "", "all_gather"),
-    Reshard(Copied, Shard, take_shard, lambda have, want: _shard_of(want) | _PARTIAL_GRADIENT, "", ""),
+    Reshard(Partial, Shard, reduce_scatter, lambda have, want: _shard_of(want), "reduce_scatter", "all_gather", regroups=True),
+    Reshard(Shard, Replicate, all_gather, lambda have, want: _shard_of(have), "all_gather", "", regroups=True),
+    Reshard(Shard, Copied, all_gather, lambda have, want: _shard_of(have) | _PARTIAL_GRADIENT, "all_gather", "reduce_scatter", regroups=True),
+    Reshard(Replicate, Shard, take_shard, lambda have, want: _shard_of(want), "", "all_gather", regroups=True),
+    Reshard(Copied, Shard, take_shard, lambda have, want: _shard_of(want) | _PARTIAL_GRADIENT, "", "", regroups=True),
     Reshard(
         Shard, Shard, all_to_all,
         lambda have, want: {"have": (have.dim, have.segments), "want": (want.dim, want.segments)}, "all_to_all", "all_to_all",
+        regroups=True,
     ),
 )  # fmt: skip
 
@@ -231,9 +237,11 @@ def collective_seconds(collective: str, *, num_bytes: float, axis_size: int, lin
 
 
 def reshard_seconds(
-    have: Placement, want: Placement, *, num_bytes: float, axis_size: int, hardware: Hardware, link: Link, trainable: bool
+    have: Placement, want: Placement, *, num_bytes: float, axis_size: int, hardware: Hardware, link: Link, trainable: bool,
+    regroup: bool = True,
 ) -> float:
     """Forward plus backward seconds of moving a value of `num_bytes` (whole) from `have` to `want`; inf if there is no way.
+    `regroup=False` leaves out the rows that split or gather activations between the matmuls.
 
     Beside the collective itself, pieces that are not contiguous in memory (any dim but the first, fused dims) cost one read and one
     write of the whole value where they are put together or taken apart.
@@ -241,7 +249,7 @@ def reshard_seconds(
     if have == want or (not trainable and isinstance(have, (Replicate, Copied)) and isinstance(want, (Replicate, Copied))):
         return 0.0
     row = find_reshard(have, want)
-    if row is None:
+    if row is None or (row.regroups and trainable and not regroup):
         return float("inf")
     seconds = collective_seconds(row.forward, num_bytes=num_bytes, axis_size=axis_size, link=link)
     if trainable:

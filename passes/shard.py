@@ -5,7 +5,7 @@ The problem. Each call picks one of its rule's strategies; each parameter picks 
     seconds of a microbatch, forward and backward (roofline of each call on its local shapes)       `_call_seconds`
   + reshards between what a value has and what its users want, each distinct want paid once        `_reshard_factors`
   + (gradient sums owed once a step + the optimizer's memory traffic) / microbatches               `_state_seconds`
-  + (T / M) x bytes held: training state and activations kept for backward                         `_memory_seconds`
+  + MEMORY_WEIGHT x (T / M) x bytes held: training state and activations kept for backward                         `_memory_seconds`
 
 T and M are the seconds and bytes of the unsplit model. The last term is the linearisation of time x memory: holding one percent
 less of the model's memory is worth one percent of its step, because memory is what tensor parallelism is bought for. It decides
@@ -14,7 +14,10 @@ where time alone is indifferent (a vocabulary-split embedding of an untied model
 The problem is solved exactly by `passes.elimination`. A value with several users gets one yes/no variable for each placement that
 some user might want, so that a want shared by three users (q, k and v) is paid for once.
 
-Batch and sequence dims (symbolic sizes) are left to other axes unless `split_data` asks for them (sequence parallelism).
+Activations are split by weights: a value becomes split where it meets a split weight, whole again where a sum over the split dim
+is all-reduced, and a whole value is sliced only to join another that is split (replicated k and v beside the heads of q). Splitting
+and gathering activations elsewhere (the rows of RESHARDS that regroup), and splitting batch and sequence dims (symbolic sizes), is
+sequence parallelism in the wide sense; `split_data` allows it.
 """
 
 from __future__ import annotations
@@ -36,6 +39,10 @@ from passes.ir import Size, TensorType, calls, is_state, is_trainable, output_ty
 from passes.placement import COPIED, PARTIAL, REPLICATE, Copied, Placement, Replicate, Shard
 from passes.reshard import collective_seconds
 from passes.rules import RULES, Call, Strategy, call_of, strategies
+
+# A user who asks for tp = n asks for a device to hold 1/n of the model; time decides between the ways of doing that. Small models, whose
+# steps are mostly latency, need a weight of 16 and more to be split at all; for large ones any weight from 1 to 32 gives the same plan.
+MEMORY_WEIGHT = 24.0
 
 Value = tuple[fx.Node, int]  # a tensor: the node that yields it and which of its results it is
 Pins = Callable[[str, TensorType, Sequence[Placement]], Sequence[Placement]]
@@ -142,6 +149,14 @@ class _Cuts:
         return lambda binding, group: list(self.group(binding, self._places(node, binding), group).values())
 
 
+@dataclass(frozen=True)
+class Want:
+    """What a strategy wants of an argument; `joins`: it is split beside another activation that is split too (k beside q)."""
+
+    placement: Placement
+    joins: bool = False
+
+
 @dataclass
 class _Problem:
     """Variables (domain = list of choices) and cost tables of one sharding problem."""
@@ -150,6 +165,7 @@ class _Problem:
     axis_size: int
     microbatches: int
     in_flight: int
+    split_data: bool = False
     domains: list[list[Any]] = field(default_factory=list)
     factors: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
     costs: dict[Any, Any] = field(default_factory=dict)
@@ -209,7 +225,7 @@ def shard(
         chosen = {node: Strategy((REPLICATE,) * len(c.inputs), (REPLICATE,) * len(c.outputs)) for node, c in call_by_node.items()}
         return ShardPlan(axis, 1, chosen, {}, 0.0, ())
     cuts = _Cuts(bindings)
-    problem = _Problem(pricing, axis_size, microbatches, in_flight)
+    problem = _Problem(pricing, axis_size, microbatches, in_flight, split_data)
     splittable: Callable[[Size], bool] = (lambda size: True) if split_data else is_number
 
     # one variable per call: its strategies, with seconds and kept bytes
@@ -239,9 +255,14 @@ def shard(
         for value, positions in slots.items():
             users.setdefault(value, []).append((node, tuple(positions)))
 
-    def wants(node: fx.Node, slots: tuple[int, ...]) -> list[tuple[Placement, ...]]:
+    def wants(node: fx.Node, slots: tuple[int, ...]) -> list[tuple[Want, ...]]:
         choices = problem.domains[variables[node]] if node in variables else [fixed[node]]
-        return [tuple(dict.fromkeys(strategy.inputs[slot] for slot in slots)) for strategy in choices]
+        activations = [k for k, arg in enumerate(tensor_inputs(node)) if is_trainable(arg) and not is_state(arg)]
+        found = []
+        for strategy in choices:
+            joins = sum(isinstance(strategy.inputs[k], Shard) for k in activations) > 1
+            found.append(tuple(dict.fromkeys(Want(strategy.inputs[slot], joins) for slot in slots)))
+        return found
 
     # one variable per parameter
     state: dict[fx.Node, int] = {}
@@ -250,7 +271,8 @@ def shard(
         if not is_state(node) or value is None or node.meta.get("kind") != "parameter":
             continue
         wanted = [w for user, slots in users.get((node, 0), []) for option in wants(user, slots) for w in option]
-        candidates = list(dict.fromkeys([REPLICATE, *([COPIED] if is_trainable(node) else []), *(w for w in wanted if isinstance(w, Shard))]))
+        shards = [w.placement for w in wanted if isinstance(w.placement, Shard)]
+        candidates = list(dict.fromkeys([REPLICATE, *([COPIED] if is_trainable(node) else []), *shards]))
         candidates = [_with_unit(c, cuts.of.get((node, 0))) for c in candidates]
         if pins is not None:
             candidates = list(pins(str(node.target), value, candidates))
@@ -260,7 +282,7 @@ def shard(
     # time x memory, linearised at the unsplit model
     unsplit_seconds = sum(costs[0][0] for costs in own.values())
     unsplit_bytes = sum(costs[0][1] * (in_flight if k not in state.values() else 1) for k, costs in own.items())
-    price = unsplit_seconds / max(unsplit_bytes, 1.0)
+    price = MEMORY_WEIGHT * unsplit_seconds / max(unsplit_bytes, 1.0)
     held_times = {k: (1 if k in set(state.values()) else in_flight) for k in own}
     for variable, costs in own.items():
         table = [seconds + price * num_bytes * held_times[variable] + index * 1e-9 * unsplit_seconds / len(own) for index, (seconds, num_bytes) in enumerate(costs)]
@@ -318,12 +340,13 @@ def _offers(problem: _Problem, value: Value, producer: int | None) -> list[Place
 
 def _reshard_factors(
     problem: _Problem, kind: TensorType, trainable: bool, have: list[Placement], producer: int | None,
-    consumers: list[tuple[int | None, list[tuple[Placement, ...]]]], tables: dict[Any, torch.Tensor],
+    consumers: list[tuple[int | None, list[tuple[Want, ...]]]], tables: dict[Any, torch.Tensor],
 ) -> None:  # fmt: skip
     """Cost tables of one value: each distinct placement that its users want is reached once, whoever shares it."""
 
-    def cost(source: Placement, target: Placement) -> float:
-        return problem.pricing.reshard_seconds(kind, source, target, problem.axis_size, trainable)
+    def cost(source: Placement, want: Want) -> float:
+        joins = want.joins and isinstance(source, Copied)
+        return problem.pricing.reshard_seconds(kind, source, want.placement, problem.axis_size, trainable, problem.split_data or joins)
 
     def add(variables: tuple[int | None, ...], key: Any, make: Callable[[], torch.Tensor]) -> None:
         if key not in tables:

@@ -1,23 +1,26 @@
 """From the batch of a step to the rows of each microbatch, checked against the types in the program.
 
-Rows are dim 0 of every input whose dim 0 is the size `B`; an input without it goes whole to each microbatch. Microbatches are as
-equal as can be, the larger first (10 rows in 4 are 3, 3, 2, 2), as torch.tensor_split has it. The sizes are bound anew for every
-batch; what follows from them is kept per set of shapes.
+Rows are dim 0 of every input whose dim 0 is the size `B`; an input without it goes whole to each microbatch.
+Microbatches are as equal as can be, the larger first (10 rows in 4 are 3, 3, 2, 2), as torch.tensor_split has it. The
+sizes are bound anew for every batch; what follows from them is kept per set of shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from autopar.program import Program
 from costmodel.errors import BadArgument
 from passes.ir import TensorType, size_symbol
 from passes.placement import parse_type
 
 ROWS = "B"
+SHARE = "loss_share"
 _KEPT_LAYOUTS = 32
 
 
@@ -122,3 +125,63 @@ class BatchTypes:
                 for part in parts:
                     part[name] = tensor
         return parts
+
+
+class Arguments:
+    """The keyword arguments of a stage's forward for each microbatch: its inputs, the sizes, and the shares of the loss."""
+
+    def __init__(self, program: Program, forward: Callable[..., Any], types: BatchTypes, device: torch.device) -> None:
+        names = _keyword_names(forward)
+        self._types, self._device = types, device
+        self._share_places = {
+            name: int(name.removeprefix(SHARE).lstrip("_") or 0) for name in names if name.startswith(SHARE)
+        }
+        self._inputs = tuple(name for name in names if name in program.batch)
+        self._sizes = tuple(name for name in names if name not in program.batch and name not in self._share_places)
+        self._weights = program.loss_weights if self._share_places else None
+        wanted = _keyword_names(self._weights) if self._weights else ()
+        self._weight_inputs = tuple(name for name in wanted if name in program.batch)
+        self._weight_sizes = tuple(name for name in wanted if name not in program.batch)
+
+    def of(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> list[dict[str, Any]]:
+        """One dict per microbatch."""
+        if self._device.type != "cpu":
+            wanted = {*self._inputs, *self._weight_inputs}
+            batch = {name: batch[name].to(self._device, non_blocking=True) for name in wanted}
+        keywords: list[dict[str, Any]] = list(self._types.split(batch, layout, self._inputs))
+        if self._sizes:
+            for given, sizes in zip(keywords, layout.sizes, strict=True):
+                given.update((name, sizes[name]) for name in self._sizes)
+        if self._share_places:
+            for given, shares in zip(keywords, self._shares(batch, layout), strict=True):
+                given.update((name, shares[place]) for name, place in self._share_places.items())
+        return keywords
+
+    @torch.no_grad()
+    def _shares(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> list[list[torch.Tensor]]:
+        """Per microbatch and loss term: its part of the whole batch's loss. Weights that are all 0 give nan, as a mean over nothing."""
+        weights: list[tuple[Any, ...]] = [(rows,) for rows in layout.rows]
+        if self._weights is not None:
+            inputs = self._types.split(batch, layout, self._weight_inputs)
+            weights = [
+                tuple(self._weights(**given, **{name: sizes[name] for name in self._weight_sizes}))
+                for given, sizes in zip(inputs, layout.sizes, strict=True)
+            ]
+        shares: list[list[torch.Tensor]] = [[] for _ in weights]
+        for term in zip(*weights, strict=True):
+            if any(weight is None for weight in term):  # a sum over rows: each microbatch counts in full
+                parts = [torch.ones((), device=self._device)] * len(term)
+            else:
+                counts = [torch.as_tensor(weight, device=self._device) for weight in term]
+                total = counts[0]
+                for count in counts[1:]:
+                    total = total + count
+                parts = [count / total for count in counts]
+            for listed, part in zip(shares, parts, strict=True):
+                listed.append(part)
+        return shares
+
+
+def _keyword_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)

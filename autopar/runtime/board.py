@@ -1,13 +1,14 @@
 """The board: what every rank is doing right now, where the others can read it after it has died.
 
-Design note. When a peer is lost a rank sees no more than a closed socket or a timeout, often of a rank that only waited for
-the guilty one itself. So each rank writes its current instruction into a slot of memory that the ranks of one machine share:
-one slice assignment per instruction, no system call. For processes the memory is a mapped file that has lost its name, and
-the rank holds a lock on one byte of it, which the kernel drops when the process dies, however it dies. For rank threads it is
-a bytearray. Between machines the one who finds a culprit leaves a note in the store.
+Design note. When a peer is lost a rank sees no more than a closed socket or a timeout, often of a rank that only
+waited for the guilty one itself. So each rank writes its current instruction into a slot of memory that the ranks of
+one machine share: one slice assignment per instruction, no system call. For processes the memory is a mapped file
+that has lost its name, and the rank holds a lock on one byte of it, which the kernel drops when the process dies,
+however it dies. For rank threads it is a bytearray. Between machines the one who finds a culprit leaves a note in the
+store.
 
-`culprit` answers, in this order: a rank that raised; a rank that died; after a timeout the rank at the end of the chain of
-ranks that wait for each other.
+`culprit` answers, in this order: a rank that raised; a rank that died; after a timeout the rank at the end of the
+chain of ranks that wait for each other.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def padded(text: str) -> bytes:
 
 
 class Board:
-    """One rank's view: it writes its own slot and reads all. `stop` is set by whoever wants this rank's step to end early."""
+    """One rank's view: it writes its own slot and reads all. `stop` is set by whoever wants this rank's step to end
+    early.
+    """
 
     def __init__(
         self, rank: int, num_ranks: int, memory: Any, *, file: int | None = None, store: dist.Store | None = None
@@ -67,7 +70,9 @@ class Board:
 
     @classmethod
     def of_processes(cls, rank: int, num_ranks: int, store: dist.Store) -> Board:
-        """The board of this machine's ranks. The first to come makes the file, and removes its name when all have opened it."""
+        """The board of this machine's ranks. The first to come makes the file, and removes its name when all have
+        opened it.
+        """
         machine = f"board/{socket.gethostname()}"
         path = None
         if store.add(f"{machine}/comers", 1) == 1:
@@ -94,7 +99,9 @@ class Board:
         self._memory[self._text] = text
 
     def wait_for(self, rank: int) -> None:
-        """Publish that this rank now waits for `rank`; for a collective over axis i of the mesh, -2 - i; COMPUTING when done."""
+        """Publish that this rank now waits for `rank`; for a collective over axis i of the mesh, -2 - i; COMPUTING when
+        done.
+        """
         self._numbers[self._waiting] = rank
 
     def leave(self, state: int, text: str = "") -> None:

@@ -1,16 +1,21 @@
 """Receive buffers: small rings that are filled again and again, without an allocation per transfer.
 
-Design note. A buffer may be filled again after its last use, and that is not known from the schedule alone: autograd keeps a
-received activation for as long as it likes, a stage's output may be a view of its input, and autograd may give a received gradient's
-memory away (the gradient of a parameter can be a view of the incoming one: torch takes such a tensor over without a copy). Reusing
-early gives a right first loss and wrong training. So each receive hands out a new tensor over the buffer's storage, and a buffer is
-free exactly when the ring's own tensor is the only one left on that storage. A buffer that was given away is never free; the ring
-then makes another.
+Design note. A buffer may be filled again after its last use, and that is not known from the schedule alone: autograd
+keeps a received activation for as long as it likes, a stage's output may be a view of its input, and autograd may
+give a received gradient's memory away (the gradient of a parameter can be a view of the incoming one: torch takes
+such a tensor over without a copy). Reusing early gives a right first loss and wrong training. So each receive hands
+out a new tensor over the buffer's storage, and a buffer is free exactly when the ring's own tensor is the only one
+left on that storage. A buffer that was given away is never free; the ring then makes another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
+
+from passes.placement import local_shape
 
 
 class Ring:
@@ -43,3 +48,41 @@ class Ring:
 
     def __len__(self) -> int:
         return len(self._buffers)
+
+
+@dataclass(frozen=True)
+class Rings:
+    """For one step: `received[m][i]` is the ring of the i-th received value of microbatch m, `gradients[m][i]` of the i-th sent one's."""
+
+    received: list[list[Ring]]
+    gradients: list[list[Ring]]
+
+
+class RingTable:
+    """The rings of a stage, by the sizes of a step's microbatches. Those of the last two are kept: training and evaluation take turns."""
+
+    def __init__(
+        self, received: Sequence[str], sent: Sequence[str], mesh: Mapping[str, int], device: torch.device, *, depth: int
+    ) -> None:
+        self._received, self._sent, self._mesh, self._device, self._depth = received, sent, mesh, device, depth
+        self.kept: dict[tuple[int, ...], Rings] = {}
+
+    def of(self, sizes: Sequence[Mapping[str, int]]) -> Rings:
+        """The rings for microbatches of these sizes. Microbatches with equal shapes share rings."""
+        key = tuple(size for microbatch in sizes for size in microbatch.values())
+        rings = self.kept.pop(key, None)
+        if rings is None:
+            rings = Rings(self._rings(self._received, sizes), self._rings(self._sent, sizes))
+            while len(self.kept) > 1:
+                del self.kept[next(iter(self.kept))]
+        self.kept[key] = rings
+        return rings
+
+    def _rings(self, types: Sequence[str], sizes: Sequence[Mapping[str, int]]) -> list[list[Ring]]:
+        known: dict[tuple[int, ...], list[Ring]] = {}
+        for microbatch in sizes:
+            numbers = tuple(microbatch.values())
+            if numbers not in known:
+                shapes = [local_shape(text, dict(microbatch), self._mesh) for text in types]
+                known[numbers] = [Ring(dtype, shape, self._device, depth=self._depth) for dtype, shape in shapes]
+        return [known[tuple(microbatch.values())] for microbatch in sizes]

@@ -1,12 +1,13 @@
 """All ranks of a job as threads of one process: the default in a plain process or notebook.
 
-Design note. The threads run the same programs through the same Worker as processes do, over real gloo groups that meet on a store in
-this process's memory. They live from the first step to `close`, or to the end of the interpreter. Each thread takes over the main
-thread's number of intra-op threads (a setting per thread in torch), because another number may round otherwise; autograd's own
-threads are switched off, so that a rank's backward runs on its thread also on a GPU. A job of one rank runs on the caller's thread.
+Design note. The threads run the same programs through the same Worker as processes do, over real gloo groups that
+meet on a store in this process's memory. They live from the first step to `close`, or to the end of the interpreter.
+Each thread takes over the main thread's number of intra-op threads (a setting per thread in torch), because another
+number may round otherwise; autograd's own threads are switched off, so that a rank's backward runs on its thread also
+on a GPU. A job of one rank runs on the caller's thread.
 
-When a rank raises, it drops its connections, the others raise RankFailed in consequence, and the caller gets one RankFailed with the
-first error as its cause (an AutoparError is raised as it is). The next step starts new threads.
+When a rank raises, it drops its connections, the others raise RankFailed in consequence, and the caller gets one
+RankFailed with the first error as its cause (an AutoparError is raised as it is). The next step starts new threads.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class _Job:
 
 
 class _Rank:
-    """A rank thread's two ends of conversation. The thread knows this object and not the ThreadRanks, which may so be collected."""
+    """A rank thread's two ends of conversation. The thread knows this object and not the ThreadRanks, which may so be
+    collected.
+    """
 
     def __init__(self, job: _Job, results: queue.SimpleQueue[tuple[int, Any, BaseException | None]]) -> None:
         self.job, self.results = job, results
@@ -96,7 +99,8 @@ def _end(ranks: Sequence[_Rank]) -> None:
 class ThreadRanks:
     """Rank threads for `programs`, one per rank of the mesh, each with its own local parameters and buffers.
 
-    `step(batch)` leaves gradients in the parameters' `.grad` and returns the loss; `forward(batch)` returns each rank's outputs.
+    `step(batch)` leaves gradients in the parameters' `.grad` and returns the loss; `forward(batch)` returns each
+    rank's outputs.
     """
 
     def __init__(

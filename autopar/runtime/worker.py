@@ -1,33 +1,36 @@
 """The worker: executes one rank's schedule, a map from instruction to method.
 
-Design note. When it is made, the instruction list becomes a list of (what the board shows, method, record): everything a table can
-hold is looked up once. Adjacent transfers become one run: all its receives and sends are posted, then its receives are waited for.
-Unbuffered transfers one by one would deadlock 1F1B. Sends are waited for when the next run begins, and at the end of the step.
+Design note. When it is made, the instruction list becomes a list of (what the board shows, method, record):
+everything a table can hold is looked up once. Adjacent transfers become one run: all its receives and sends are
+posted, then its receives are waited for. Unbuffered transfers one by one would deadlock 1F1B. Sends are waited for
+when the next run begins, and at the end of the step.
 
-What a microbatch needs between its instructions is one `_Flight`: received activations and gradients, outputs that are still to be
-sent, and the graph's edges (not the output tensors: those are freed when sent unless the graph itself keeps them).
+What a microbatch needs between its instructions is one `_Flight`: received activations and gradients, outputs that
+are still to be sent, and the graph's edges (not the output tensors: those are freed when sent unless the graph itself
+keeps them).
 
 Equal to single-process accumulation to the last bit, for pipelines without tensor parallelism, because
 - a value that several later stages use gets its gradients summed from the last stage to the first, as autograd does;
-- a tied weight's gradient is kept per microbatch and, at the end of the step, summed over its stages (last first) and then over
-  microbatches, as one process does that runs microbatch after microbatch (`TIED_EXACT`; False keeps one gradient and sends less).
+- a tied weight's gradient is kept per microbatch and, at the end of the step, summed over its stages (last first) and
+  then over microbatches, as one process does that runs microbatch after microbatch (`TIED_EXACT`; False keeps one
+  gradient and sends less).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from autopar.program import Program, Receive, Send, StageModule
 from autopar.runtime.axis import TransferFailed
-from autopar.runtime.batch import BatchTypes, Layout
-from autopar.runtime.board import COMPUTING, padded
-from autopar.runtime.buffers import Ring
+from autopar.runtime.batch import Arguments, BatchTypes, Layout
+from autopar.runtime.board import padded
+from autopar.runtime.buffers import Rings, RingTable
+from autopar.runtime.gradients import GradientSums
 from autopar.runtime.world import PIPELINE_AXIS, World
 from costmodel.errors import BadArgument, BadPlan, RankFailed
 from passes.instructions import (
@@ -41,10 +44,9 @@ from passes.instructions import (
     SumGradients,
 )
 from passes.ir import size_symbol
-from passes.placement import local_shape, parse_type
+from passes.placement import parse_type
 
 LOSS = "loss"
-_TIED_TAG = 1 << 29
 _TENSORS_PER_TRANSFER = 256  # room in a tag
 _RECVS = (RecvActivation, RecvGradient)
 _TRANSFERS = (RecvActivation, RecvGradient, SendActivation, SendGradient)
@@ -71,7 +73,9 @@ class _Flight:
 
 @dataclass(frozen=True)
 class _Transfer:
-    """What a transfer instruction is on this rank: `values` are places in RECEIVES or SENDS, in the order they are sent."""
+    """What a transfer instruction is on this rank: `values` are places in RECEIVES or SENDS, in the order they are
+    sent.
+    """
 
     text: bytes
     microbatch: int
@@ -90,23 +94,15 @@ class _Run:
     sends: list[_Transfer] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Posted:
-    """What a step's layout gives: rings for every value of every microbatch, and the sizes as the stage's keyword arguments."""
-
-    layout: Layout
-    received: list[list[Ring]]
-    gradients: list[list[Ring]]
-
-
 _Action = tuple[bytes, Callable[[Any], None], Any]
 
 
 class Worker:
     """One rank of a job.
 
-    `parameters` and `buffers` are this rank's local tensors under the user's names. `step` leaves gradients in `.grad`, added to what
-    was there. `microbatches` is checked against the schedule. `seed` starts the stage's random generators.
+    `parameters` and `buffers` are this rank's local tensors under the user's names. `step` leaves gradients in
+    `.grad`, added to what was there. `microbatches` is checked against the schedule. `seed` starts the stage's random
+    generators.
     """
 
     def __init__(
@@ -139,48 +135,29 @@ class Worker:
         self._outputs = list(self.stage.OUTPUTS)
         self._num_sends = len(self._sends)
         self._loss = self._num_sends + self._outputs.index(LOSS) if LOSS in self._outputs else -1
-        self._read_signatures()
+        self._arguments = Arguments(program, self.stage.forward, self._batch_types, world.device)
         grad = [value.gradient and _is_float(value.type, world) for value in self._receives]
         self._receives_gradient = grad
         self._sends_gradient = [value.gradient and _is_float(value.type, world) for value in self._sends]
         self._one = torch.ones((), device=world.device)
-        self._kept: dict[tuple[int, ...], _Posted] = {}
-        self._shapes: dict[tuple[Any, ...], Any] = {}
-        self._forward_sizes: list[dict[str, torch.Tensor]] = []
+        self._ring_table = RingTable(
+            [value.type for value in self._receives], [value.type for value in self._sends], world.mesh, world.device,
+            depth=self.num_microbatches + _RING_SLACK,
+        )  # fmt: skip
         self._pending: list[tuple[Any, torch.Tensor, _Transfer]] = []
         self._posted: list[tuple[Any, _Transfer]] = []
         self._flights: list[_Flight | None] = [None] * self.num_microbatches
         self._step_losses: list[torch.Tensor] = []
         self._collected: list[tuple[torch.Tensor, ...]] = []
         self._keywords: list[dict[str, Any]] = []
-        self._rings: _Posted | None = None
-        trained = {name: tensor for name, tensor in self.parameters.items() if tensor.requires_grad}
-        self._tied = {
-            name: tuple(stages) for name, stages in self.stage.TIED.items() if name in trained and len(stages) > 1
-        }
-        self._partial = [name for name in self.stage.PARTIAL_GRADIENTS if name in trained]
-        self._tied_gradients: dict[str, list[torch.Tensor | None]] = {}
-        self._earlier: dict[str, torch.Tensor | None] = {}
+        self._rings: Rings | None = None
+        self._sums = GradientSums(world, self.stage, self.parameters, self.num_microbatches)
+        if self._sums and not any(isinstance(instruction, SumGradients) for instruction in program.schedule):
+            raise BadPlan("Gradients have to be summed over ranks, but the schedule has no SumGradients().")
         self._actions = self._compile(program.schedule)
         self._forward_actions = self._compile(self._forward_schedule())
 
     # ---- what can be looked up once --------------------------------------------------------------------------------
-
-    def _read_signatures(self) -> None:
-        keywords = _keyword_names(self.stage.forward)
-        self._size_names = tuple(
-            name for name in keywords if name not in self.program.batch and not name.startswith("loss_share")
-        )
-        self._input_names = tuple(name for name in keywords if name in self.program.batch)
-        self._share_places = {
-            name: int(name.removeprefix("loss_share").lstrip("_") or 0)
-            for name in keywords
-            if name.startswith("loss_share")
-        }
-        self._weights = self.program.loss_weights if self._share_places else None
-        wanted = _keyword_names(self._weights) if self._weights else ()
-        self._weight_inputs = tuple(name for name in wanted if name in self.program.batch)
-        self._weight_sizes = tuple(name for name in wanted if name not in self.program.batch)
 
     def _forward_schedule(self) -> list[Instruction]:
         sources = sorted({value.source for value in self._receives})
@@ -198,7 +175,7 @@ class Worker:
         }  # fmt: skip
         trains = any(isinstance(instruction, Backward) for instruction in schedule)
         methods[Forward] = self._forward if trains else self._forward_only
-        last = {
+        last: dict[tuple[type, int], int] = {
             (type(instruction), instruction.microbatch): index
             for index, instruction in enumerate(schedule)
             if isinstance(instruction, (SendActivation, SendGradient))
@@ -239,34 +216,6 @@ class Worker:
         tag = (instruction.microbatch * 2 + gradient) * _TENSORS_PER_TRANSFER
         return _Transfer(text, instruction.microbatch, stage, gradient, tuple(values), tag, last)
 
-    def _rings_for(self, layout: Layout) -> _Posted:
-        """The rings of a layout; those of the last two are kept (training and evaluation take turns)."""
-        key = tuple(size for sizes in layout.sizes for size in sizes.values())
-        posted = self._kept.pop(key, None)
-        if posted is None:
-            made: dict[tuple[Any, ...], Ring] = {}
-
-            def ring(value: Receive | Send, place: int, gradient: bool, sizes: dict[str, int]) -> Ring:
-                dtype, shape = local_shape(value.type, sizes, self.world.mesh)
-                depth = self.num_microbatches + _RING_SLACK
-                return made.setdefault((place, gradient, shape), Ring(dtype, shape, self.world.device, depth=depth))
-
-            def rings(values: Sequence[Receive | Send], gradient: bool) -> list[list[Ring]]:
-                known: dict[tuple[int, ...], list[Ring]] = {}
-                listed = []
-                for sizes in layout.sizes:
-                    numbers = tuple(sizes.values())
-                    if numbers not in known:
-                        known[numbers] = [ring(value, place, gradient, sizes) for place, value in enumerate(values)]
-                    listed.append(known[numbers])
-                return listed
-
-            posted = _Posted(layout, rings(self._receives, False), rings(self._sends, True))
-            while len(self._kept) > 1:
-                del self._kept[next(iter(self._kept))]
-        self._kept[key] = posted
-        return posted
-
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def check(self, batch: Mapping[str, torch.Tensor]) -> Layout:
@@ -301,14 +250,19 @@ class Worker:
         except TransferFailed as error:
             suspects, reason = error.suspects, str(error)
         except BaseException as error:
-            self._drop()
+            self._abandon()
             self.world.failed(error)
             raise
         # outside of the handler, so that no traceback keeps the connections open
-        self._drop()
+        self._abandon()
         raise self.world.lost(suspects, reason)
 
+    def _abandon(self) -> None:
+        self._drop()
+        self._sums.abandon()
+
     def _drop(self) -> None:
+        """Forget everything of this step."""
         self._pending.clear()
         self._posted.clear()
         self._flights = [None] * self.num_microbatches
@@ -316,12 +270,7 @@ class Worker:
 
     def _step(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> torch.Tensor:
         self._prepare(batch, layout)
-        exact = self.stage.TIED_EXACT
-        for name in (*self._tied, *self._partial):
-            # set aside what earlier steps left: only this step's part is summed over ranks
-            self._earlier.setdefault(name, self.parameters[name].grad)
-            self.parameters[name].grad = None
-        self._tied_gradients = {name: [None] * self.num_microbatches for name in self._tied} if exact else {}
+        self._sums.begin()
         with torch.enable_grad():
             self._execute(self._actions)
         return self._whole_loss()
@@ -335,47 +284,9 @@ class Worker:
         return outputs
 
     def _prepare(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> None:
-        device = self.world.device
-        if device.type != "cpu":
-            names = {*self._input_names, *self._weight_inputs}
-            batch = {name: batch[name].to(device, non_blocking=True) for name in names}
-        self._rings = self._rings_for(layout)
-        self._keywords = list(self._batch_types.split(batch, layout, self._input_names))
-        for keywords, sizes in zip(self._keywords, layout.sizes, strict=True):
-            for name in self._size_names:
-                keywords[name] = sizes[name]
-        if self._share_places:
-            for keywords, shares in zip(self._keywords, self._shares(batch, layout), strict=True):
-                for name, place in self._share_places.items():
-                    keywords[name] = shares[place]
+        self._rings = self._ring_table.of(layout.sizes)
+        self._keywords = self._arguments.of(batch, layout)
         self._step_losses, self._collected = [], []
-
-    @torch.no_grad()
-    def _shares(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> list[list[torch.Tensor]]:
-        """Per microbatch and loss term: its part of the whole batch's loss. Weights that are all 0 give nan, as a mean over nothing."""
-        device = self.world.device
-        weights: list[tuple[Any, ...]]
-        if self._weights is None:
-            weights = [(rows,) for rows in layout.rows]
-        else:
-            inputs = self._batch_types.split(batch, layout, self._weight_inputs)
-            weights = [
-                tuple(self._weights(**given, **{name: sizes[name] for name in self._weight_sizes}))
-                for given, sizes in zip(inputs, layout.sizes, strict=True)
-            ]
-        shares: list[list[torch.Tensor]] = [[] for _ in weights]
-        for term in zip(*weights, strict=True):
-            if any(weight is None for weight in term):
-                parts = [self._one] * len(term)
-            else:
-                counts = [torch.as_tensor(weight, device=device) for weight in term]
-                total = counts[0]
-                for count in counts[1:]:
-                    total = total + count
-                parts = [count / total for count in counts]
-            for listed, part in zip(shares, parts, strict=True):
-                listed.append(part)
-        return shares
 
     def _execute(self, actions: list[_Action]) -> None:
         board = self.world.board
@@ -437,9 +348,7 @@ class Worker:
         flight.roots, flight.losses, flight.outputs = [], [], ()
         if known:
             torch.autograd.backward([edges[index] for index in known], [gradients[index] for index in known])
-        for name, kept in self._tied_gradients.items():
-            parameter = self.parameters[name]
-            kept[microbatch], parameter.grad = parameter.grad, None
+        self._sums.after_backward(microbatch)
         arguments, flight.arguments = flight.arguments, []
         flight.input_gradients = []
         for index, argument in enumerate(arguments):
@@ -450,7 +359,9 @@ class Worker:
             flight.input_gradients.append(gradient)
 
     def _gradient_of(self, index: int, received: dict[int, list[torch.Tensor]]) -> torch.Tensor | None:
-        """The gradient of one of SENDS: the sum over the stages it went to, from the last to the first, in autograd's order."""
+        """The gradient of one of SENDS: the sum over the stages it went to, from the last to the first, in autograd's
+        order.
+        """
         total: torch.Tensor | None = None
         for stage in sorted(self._sends[index].to, reverse=True):
             if stage in received:
@@ -490,110 +401,27 @@ class Worker:
                     flight.input_gradients = []
                 else:
                     flight.outputs = ()
-        if posted:
-            board, waited = world.board, None
-            for work, transfer in posted:
-                if transfer is not waited:
-                    waited = transfer
-                    board.show(transfer.text)
-                    board.wait_for(world.stage_ranks[transfer.stage])
-                try:
-                    work.wait()
-                except RuntimeError as error:
-                    self._raise_lost(error, transfer.stage)
-            posted.clear()
-            board.wait_for(COMPUTING)
+        for work, transfer in posted:
+            world.board.show(transfer.text)
+            world.wait(work, transfer.stage)
+        posted.clear()
 
     def _finish_sends(self) -> None:
-        world, waited = self.world, None
         for work, _, transfer in self._pending:
-            if transfer is not waited:
-                waited = transfer
-                world.board.show(transfer.text)
-                world.board.wait_for(world.stage_ranks[transfer.stage])
-            try:
-                work.wait()
-            except RuntimeError as error:
-                self._raise_lost(error, transfer.stage)
-        if waited is not None:
-            world.board.wait_for(COMPUTING)
+            self.world.board.show(transfer.text)
+            self.world.wait(work, transfer.stage)
         self._pending.clear()
-
-    def _raise_lost(self, error: RuntimeError, stage: int) -> NoReturn:
-        raise TransferFailed(str(error), (self.world.stage_ranks[stage],)) from None
 
     # ---- the end of a step --------------------------------------------------------------------------------------------
 
     def _sum_gradients(self, _: None) -> None:
         self._finish_sends()
-        if self._tied:
-            self._sum_tied()
-        if self._partial:
-            self._sum_partial()
-        for name, earlier in self._earlier.items():
-            parameter = self.parameters[name]
-            if earlier is not None:
-                parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
-        self._earlier.clear()
-
-    def _sum_tied(self) -> None:
-        """Add up the gradients of weights that several stages hold."""
-        own = self.world.stage
-        for number, (name, stages) in enumerate(sorted(self._tied.items())):
-            parameter = self.parameters[name]
-            mine = self._stacked(name)
-            parts = {stage: mine if stage == own else torch.empty_like(mine) for stage in stages}
-            for stage in stages:
-                if stage != own:
-                    tag = _TIED_TAG + number
-                    record = _Transfer(padded("SumGradients()"), 0, stage, True, (), tag, False)
-                    self._posted.append((self.world.recv(parts[stage], stage, tag), record))
-                    self._pending.append((self.world.send(mine, stage, tag), mine, record))
-            for work, record in self._posted:
-                self.world.board.wait_for(self.world.stage_ranks[record.stage])
-                try:
-                    work.wait()
-                except RuntimeError as error:
-                    self._raise_lost(error, record.stage)
-            self._posted.clear()
-            self._finish_sends()
-            total, earlier = None, self._earlier.get(name)
-            if self._tied_gradients and name not in self._partial:
-                # onto what was there, microbatch by microbatch
-                total = self._earlier.pop(name, None)
-            elif earlier is not None and name not in self._partial:
-                total = self._earlier.pop(name)
-            ordered = sorted(stages, reverse=True)
-            for microbatch in range(mine.shape[0]):
-                gradient = parts[ordered[0]][microbatch]
-                for stage in ordered[1:]:
-                    gradient = gradient + parts[stage][microbatch]
-                total = gradient.clone() if total is None else total.add_(gradient)
-            parameter.grad = total
-
-    def _stacked(self, name: str) -> torch.Tensor:
-        """[microbatches, *shape] if the gradients were kept apart, [1, *shape] if not."""
-        parameter = self.parameters[name]
-        kept = self._tied_gradients.pop(name) if name in self._tied_gradients else [parameter.grad]
-        parameter.grad = None
-        return torch.stack([torch.zeros_like(parameter) if gradient is None else gradient for gradient in kept])
-
-    def _sum_partial(self) -> None:
-        """all_reduce over tp, once a step, of gradients that each tensor-parallel rank has a summand of; one bucket per dtype."""
-        axis = self.world.axis("tp")
-        buckets: dict[torch.dtype, list[torch.Tensor]] = {}
-        for name in self._partial:
-            parameter = self.parameters[name]
-            buckets.setdefault(parameter.dtype, []).append(parameter)
-        for parameters in buckets.values():
-            zeros = torch.zeros_like
-            flat = torch.cat([(zeros(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
-            axis.all_reduce(flat)
-            for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                parameter.grad = piece.view_as(parameter).clone()
+        self._sums.finish()
 
     def _whole_loss(self) -> torch.Tensor:
-        """The sum of the microbatches' shares, from the stage that has the loss to all. 8 bytes of value and its dtype's number."""
+        """The sum of the microbatches' shares, from the stage that has the loss to all. 8 bytes of value and its
+        dtype's number.
+        """
         axis = self.world.axis(PIPELINE_AXIS)
         losses, self._step_losses = self._step_losses, []
         message = torch.zeros(2, dtype=torch.float64, device=self.world.device)
@@ -634,11 +462,6 @@ class Worker:
 
 
 _LOSS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _keyword_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 def _is_float(type_text: str, world: World) -> bool:

@@ -1,27 +1,29 @@
 """A rank's place in the job: the mesh, its coords, its axes, and the transfers to the other stages.
 
-Design note. The same World runs in three places: under torchrun, inside `autopar.launch`, and as a thread of one process. In all
-three the process groups are made by hand on a store that belongs to this world alone, rather than with `new_group`: that works
-for threads, takes no part in the user's own groups, and lets a rank that fails drop its sockets, which is how its peers learn of it
-at once instead of after a timeout.
+Design note. The same World runs in three places: under torchrun, inside `autopar.launch`, and as a thread of one
+process. In all three the process groups are made by hand on a store that belongs to this world alone, rather than
+with `new_group`: that works for threads, takes no part in the user's own groups, and lets a rank that fails drop its
+sockets, which is how its peers learn of it at once instead of after a timeout.
 
-The mesh is ordered, outermost axis first: {"pp": 2, "tp": 2} puts the tensor-parallel ranks of a stage next to each other.
-gloo connects through the loopback device when all ranks are on one machine.
+The mesh is ordered, outermost axis first: {"pp": 2, "tp": 2} puts the tensor-parallel ranks of a stage next to each
+other. gloo connects through the loopback device when all ranks are on one machine.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from autopar.runtime.axis import GlooAxis, GroupAxis, LocalAxis, TransferFailed
-from autopar.runtime.board import BETWEEN_STEPS, BYSTANDER, FAILED, STOPPED, Board, padded
+from autopar.runtime.board import BETWEEN_STEPS, BYSTANDER, COMPUTING, FAILED, STOPPED, Board, padded
 from costmodel.errors import BadArgument, RankFailed, WorldSizeMismatch
 
 PIPELINE_AXIS = "pp"
@@ -37,7 +39,7 @@ def launched() -> bool:
 def coords_of(rank: int, mesh: Mapping[str, int]) -> dict[str, int]:
     """A rank's coords, the last axis of the mesh changing fastest."""
     coords = {}
-    for name, size in reversed(mesh.items()):
+    for name, size in reversed(list(mesh.items())):
         rank, coords[name] = divmod(rank, size)
     return {name: coords[name] for name in mesh}
 
@@ -109,7 +111,8 @@ class World:
     ) -> World:
         """This process's rank, from RANK and WORLD_SIZE; alone if they are not set. WorldSizeMismatch.
 
-        Initialises torch.distributed's default group if the job has none: state dicts of DTensors need it, and it has the store.
+        Initialises torch.distributed's default group if the job has none: state dicts of DTensors need it, and it has
+        the store.
         """
         device = torch.device(device)
         if not launched() and not dist.is_initialized():
@@ -160,7 +163,7 @@ class World:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             return dist.ProcessGroupNCCL(store, rank, size, options)  # type: ignore[return-value]
-        gloo = dist.ProcessGroupGloo._Options()
+        gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         if self._one_machine:
             gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         else:
@@ -219,6 +222,15 @@ class World:
             raise TransferFailed("the connections to the other stages are closed", (self.stage_ranks[stage],))
         return group.recv([tensor], stage, tag)
 
+    def wait(self, work: dist.Work, stage: int) -> None:
+        """Wait for a transfer with `stage`. TransferFailed if that rank is gone or late."""
+        self.board.wait_for(self.stage_ranks[stage])
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise TransferFailed(str(error), (self.stage_ranks[stage],)) from None
+        self.board.wait_for(COMPUTING)
+
     # ---- the end ------------------------------------------------------------------------------------------------
 
     def failed(self, error: BaseException) -> None:
@@ -230,15 +242,20 @@ class World:
         self._let_go()
 
     def lost(self, suspects: Sequence[int], reason: str) -> RankFailed:
-        """Contact with the suspects is lost: find out who is to blame, let go of the connections, return the error to raise."""
+        """Contact with the suspects is lost: find out who is to blame, let go of the connections, return the error to
+        raise.
+        """
         waiting = self.board.showing()
         culprit = self.board.culprit(suspects, self._members, grace_seconds=_GRACE_SECONDS)
         self.board.leave(BYSTANDER)
         self._let_go()
+        reason = re.sub(r"^\[[^]]*\] *", "", reason.strip().split("\n")[0]).split(". ")[
+            0
+        ]  # gloo's file and line, and advice
         return RankFailed(
             f"{self.name_of(culprit.rank)} {culprit.what}",
             where=f"{self}, in {waiting or 'its start'}, waiting for {', '.join(self.name_of(rank) for rank in suspects)}",
-            why=reason.strip().splitlines()[0] if reason.strip() else None,
+            why=reason or None,
         )
 
     def rest(self) -> None:

@@ -14,6 +14,7 @@ notice and to say what they saw, then they are stopped.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -23,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -49,7 +50,7 @@ class _Rank:
     result: Any = None
     error: BaseException | None = None
     text: str = ""
-    order: float = field(default=0.0)  # when it ended
+    order: float = math.inf  # when it ended
 
     @property
     def consequence(self) -> bool:
@@ -114,7 +115,7 @@ def _way_to_start(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, A
     raise BadArgument(
         f"{getattr(fn, '__qualname__', fn)} cannot be sent to other processes.",
         why=f"{problem}; and this process has several threads, so that it cannot be forked",
-        use="a function at the top level of a module; or call autopar.parallelize here: its ranks are then threads of this process",
+        use="a function at the top level of a module; or autopar.parallelize here: ranks are then threads",
     )
 
 
@@ -245,7 +246,7 @@ def _stop(ranks: list[_Rank]) -> None:
 
 def _failure(failed: list[_Rank], timeout_seconds: float | None) -> RankFailed:
     first = failed[0]
-    if not first.order:
+    if first.order == math.inf:
         names = ", ".join(str(rank.rank) for rank in failed)
         return RankFailed(
             f"rank{'s' if len(failed) > 1 else ''} {names} had not ended after {timeout_seconds:g} seconds"

@@ -124,7 +124,7 @@ class StageModule:
         return torch.Generator(self.device).manual_seed(int.from_bytes(digest, "big"))
 
     def generator(self, sharded: bool) -> torch.Generator:
-        """Random numbers for a value that is split over tp (other numbers on each tp rank) or whole (the same on all)."""
+        """Random numbers for a value that is split over tp (others on each tp rank) or whole (the same on all)."""
         return self._sharded if sharded else self._shared
 
 

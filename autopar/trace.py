@@ -1,29 +1,25 @@
 """A model and example arguments in, a canonical graph out. The user's model is left as it was found.
 
-One front end: `torch.export.export(strict=False)`, which runs the user's own Python once on fake tensors and records ATen ops. It
-exports a thin module that shares the model's parameters under their own names and takes the tensors of the arguments as a flat
-list. So this file decides what an argument is called, nested structures and keyword-only tensors need no special case, and a
-`loss_fn` joins the graph without a prefix on any name.
+One front end: `torch.export.export(strict=False)`, which runs the user's own Python once on fake tensors and records
+ATen ops. It exports a thin module that shares the model's parameters under their own names and takes the tensors of the
+arguments as a flat list. So this file decides what an argument is called, nested structures and keyword-only tensors
+need no special case, and a `loss_fn` joins the graph without a prefix on any name.
 
-Sizes stay symbolic where the model lets them: dim 0 shared by the inputs is `B`, dim 1 of integer inputs is `T` (further lengths
-`S1`, `S2`). Export gives each input dim a symbol of its own and keeps those the model does not pin; dims of one role must stay
-symbolic together, else the role's size is fixed. A batch of one row is traced with two, because export fixes sizes of one.
+Sizes stay symbolic where the model lets them: dim 0 shared by the inputs is `B`, dim 1 of integer inputs is `T`
+(further lengths `S1`, `S2`). Export gives each input dim a symbol of its own and keeps those the model does not pin;
+dims of one role must stay symbolic together, else the role's size is fixed. A batch of one row is traced with two,
+because export fixes sizes of one.
 
-Traps that this file is about: example tensors that are one object would become one input (each is its own here); a custom
-autograd.Function would lose its backward without a word (refused); modules that keep tensors in plain attributes, as recurrent
-layers do, would keep fake ones (put back); a key-value cache is an output that is no tensor (switched off unless asked for).
+Traps that this file is about: example tensors that are one object would become one input (each is its own here); a
+custom autograd.Function would lose its backward without a word (refused); modules that keep tensors in plain
+attributes, as recurrent layers do, would keep fake ones (put back); a key-value cache is an output that is no tensor
+(switched off unless asked for).
 """
 
 from __future__ import annotations
 
-import inspect
-import keyword
-import linecache
 import re
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +28,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from autopar.trace_arguments import Path, Signature, dotted, input_names
+from autopar.trace_export import export, is_model_file, place
 from costmodel.errors import BadArgument, CaptureError
-from passes.canonical_import import Imports, State, is_user_file, relative_file
+from passes.canonical_import import Imports, State
 from passes.canonicalize import canonicalize
 from passes.ir import TensorType, size_symbol, tensor_type
-
-Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,11 +55,13 @@ class Traced:
     state: dict[str, torch.Tensor]  # every parameter and buffer of the user's model, under its first name
     aliases: dict[str, tuple[str, ...]]  # further names of tied parameters and shared buffers, by the first name
     constants: dict[str, torch.Tensor]  # tensors the graph reads that are neither
-    output_leaves: tuple[Any, ...]  # per leaf of the model's output: the graph node that gives it, or its constant value
+    output_leaves: tuple[
+        Any, ...
+    ]  # per leaf of the model's output: the graph node that gives it, or its constant value
     output_spec: pytree.TreeSpec
     loss: fx.Node | None  # the scalar that a training step minimises
     baked: dict[Path, Any]  # arguments that are not tensors: the graph holds for these values only
-    signature: _Signature
+    signature: Signature
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors of a call by placeholder name. BadArgument if the call is not of the traced form."""
@@ -71,15 +69,21 @@ class Traced:
         found: dict[str, torch.Tensor] = {}
         for name, value in self.inputs.items():
             if not isinstance(leaves.get(value.path), torch.Tensor):
-                given = ", ".join(map(_dotted, leaves)) or "nothing"
-                raise BadArgument(f"the argument {_dotted(value.path)} is missing", why=f"the model was traced with it; given: {given}")
+                given = ", ".join(map(dotted, leaves)) or "nothing"
+                raise BadArgument(
+                    f"the argument {dotted(value.path)} is missing",
+                    why=f"the model was traced with it; given: {given}",
+                )
             found[name] = leaves.pop(value.path)
         for path, leaf in leaves.items():
             if isinstance(leaf, torch.Tensor):
-                raise BadArgument(f"unexpected argument {_dotted(path)}", why=f"the model was traced with {', '.join(self.inputs)}")
-            if leaf is not None and path not in self.baked or leaf != self.baked.get(path):
                 raise BadArgument(
-                    f"the argument {_dotted(path)} is {leaf!r}, and was {self.baked.get(path)!r} when the model was traced",
+                    f"unexpected argument {dotted(path)}", why=f"the model was traced with {', '.join(self.inputs)}"
+                )
+            if (leaf is not None and path not in self.baked) or leaf != self.baked.get(path):
+                traced = self.baked.get(path)
+                raise BadArgument(
+                    f"the argument {dotted(path)} is {leaf!r}, and was {traced!r} when the model was traced",
                     why="values that are not tensors are part of the traced program",
                 )
         return found
@@ -90,112 +94,26 @@ class Traced:
         for name, value in self.inputs.items():
             tensor, kind = tensors[name], value.type
             if tensor.dim() != len(kind.shape) or tensor.dtype != kind.dtype:
-                raise BadArgument(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, traced as {kind.dtype} {kind.shape}")
+                raise BadArgument(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, traced as {kind.dtype} {kind.shape}"
+                )
             for dim, (size, expected) in enumerate(zip(tensor.shape, kind.shape, strict=True)):
                 known = values.setdefault(str(expected), size) if isinstance(expected, sympy.Symbol) else expected
                 if size != known:
-                    raise BadArgument(f"dim {dim} of {name} is {size}; {known} is needed", why=f"it was traced as {kind.shape}")
+                    raise BadArgument(
+                        f"dim {dim} of {name} is {size}; {known} is needed", why=f"it was traced as {kind.shape}"
+                    )
         for name, (least, greatest) in self.limits.items():
             if name in values and (values[name] < least or (greatest is not None and values[name] > greatest)):
-                raise BadArgument(f"{name} = {values[name]} is outside of {least}..{greatest}", why="the traced model branches there")
+                raise BadArgument(
+                    f"{name} = {values[name]} is outside of {least}..{greatest}", why="the traced model branches there"
+                )
         return values
 
     def unflatten(self, values: Mapping[fx.Node, Any]) -> Any:
         """The model's output, from the values of the nodes in `output_leaves`."""
         leaves = [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in self.output_leaves]
         return pytree.tree_unflatten(leaves, self.output_spec)
-
-
-class _Signature:
-    """How a call's arguments reach forward and the loss function: names for both, whichever way they were passed."""
-
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any] | None) -> None:
-        self.forward = inspect.signature(model.forward)
-        self.takes_targets = loss_fn is not None
-        parameters = self.forward.parameters.values()
-        self.positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        self.named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        self.any_positional = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        has_cache = bool(getattr(getattr(model, "config", None), "use_cache", False))
-        self.switch_cache_off = "use_cache" in self.named or (any_keyword and has_cache)
-        self.target_names = _parameter_names(loss_fn)[1:] if loss_fn is not None else []
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[inspect.BoundArguments, dict[str, Any]]:
-        """forward's arguments, and the targets of the loss function by name in order."""
-        rest, targets = dict(kwargs), {}
-        if self.takes_targets:
-            if not self.any_positional:
-                extra = args[len(self.positional) :]
-                names = [*self.target_names, *(f"target_{i}" for i in range(len(self.target_names), len(extra)))]
-                targets = dict(zip(names, extra, strict=False))
-                args = args[: len(self.positional)]
-            targets |= {name: rest.pop(name) for name in list(rest) if name not in self.named}
-        try:
-            if self.switch_cache_off and "use_cache" not in self.forward.bind_partial(*args, **rest).arguments:
-                rest.setdefault("use_cache", False)
-            return self.forward.bind(*args, **rest), targets
-        except TypeError as error:
-            raise BadArgument(
-                f"forward cannot take these arguments: {error}", use=f"the arguments of forward{self.forward}"
-            ) from None
-
-    def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Path, Any]:
-        """Every leaf of the arguments and targets by path."""
-        bound, targets = self.bind(args, kwargs)
-        named: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            if self.forward.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                named.update(value)
-            else:
-                named[name] = value
-        found = pytree.tree_flatten_with_path({**named, **targets})[0]
-        return {tuple(_key_of(key) for key in path): leaf for path, leaf in found}
-
-    def rebuild(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Sequence[torch.Tensor]
-    ) -> tuple[inspect.BoundArguments, dict[str, Any]]:
-        """The same call with its tensors replaced, in order of `leaves`."""
-        bound, targets = self.bind(args, kwargs)
-        leaves, spec = pytree.tree_flatten((dict(bound.arguments), targets))
-        order = iter(tensors)
-        new = [next(order) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        arguments, new_targets = pytree.tree_unflatten(new, spec)
-        return inspect.BoundArguments(self.forward, arguments), new_targets
-
-
-def _parameter_names(function: Callable[..., Any]) -> list[str]:
-    call = function.forward if isinstance(function, nn.Module) else function
-    try:
-        parameters = inspect.signature(call).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
-
-
-def _key_of(key: Any) -> str | int:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    return str(key)
-
-
-def _dotted(path: Path) -> str:
-    first, *rest = path
-    return str(first) + "".join(f"[{key!r}]" for key in rest)
-
-
-class _Flat(nn.Module):
-    """The model behind a forward that takes a flat list of tensors. It has the model's own tables, so every name is the same."""
-
-    def __init__(self, model: nn.Module, run: Callable[[Sequence[torch.Tensor]], tuple[Any, ...]]) -> None:
-        super().__init__()
-        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
-            self.__dict__[table] = model.__dict__[table]
-        self.__dict__["run"] = run
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
-        return self.run(tensors)
 
 
 @dataclass
@@ -214,7 +132,7 @@ def trace(
 
     CaptureError if forward cannot be one graph, with the user's line; BadArgument if the arguments do not fit forward.
     """
-    signature = _Signature(model, loss_fn)
+    signature = Signature(model, loss_fn)
     leaves = signature.leaves(args, kwargs)
     paths = [path for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor)]
     examples = _own_tensors([leaves[path] for path in paths], model)
@@ -229,17 +147,17 @@ def trace(
         tensor_leaves = [leaf for leaf in output[0].leaves if isinstance(leaf, (torch.Tensor, torch.SymInt))]
         return (*tensor_leaves, loss) if loss is not None else tuple(tensor_leaves)
 
-    exported, roles = _export(model, run, examples, roles)
+    exported, roles = export(model, run, examples, roles)
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    names = _input_names(paths, set(hints))
+    names = input_names(paths, set(hints))
     symbols, sizes = _symbols(module, roles, hints)
     states, constants = _states(model, module)
     _refuse_unknown_sizes(module, symbols)
-    canonical = canonicalize(module, Imports(tuple(names), sizes, symbols, states, (__file__,)))
+    canonical = canonicalize(module, Imports(tuple(names), sizes, symbols, states))
 
     result = output[0]
-    outputs = list(next(reversed(canonical.graph.nodes)).args[0])  # type: ignore[arg-type]
+    outputs = list(next(reversed(canonical.graph.nodes)).args[0])
     given = iter(outputs)
     output_leaves = [next(given) if isinstance(leaf, (torch.Tensor, torch.SymInt)) else leaf for leaf in result.leaves]
     state, aliases = _named_state(model)
@@ -247,7 +165,9 @@ def trace(
     kinds = [tensor_type(node) for node in placeholders[: len(names)]]
     return Traced(
         graph_module=canonical,
-        inputs={name: Input(kind, path) for name, kind, path in zip(names, kinds, paths, strict=True) if kind is not None},
+        inputs={
+            name: Input(kind, path) for name, kind, path in zip(names, kinds, paths, strict=True) if kind is not None
+        },
         sizes=sizes,
         limits=_limits(exported, canonical, symbols),
         state=state,
@@ -295,124 +215,13 @@ def _roles(tensors: list[torch.Tensor]) -> tuple[dict[tuple[int, int], str], dic
     return roles, hints | {name: size for size, name in lengths.items()}
 
 
-def _export(
-    model: nn.Module,
-    run: Callable[[Sequence[torch.Tensor]], tuple[Any, ...]],
-    examples: list[torch.Tensor],
-    roles: dict[tuple[int, int], str],
-) -> tuple[torch.export.ExportedProgram, dict[tuple[int, int], str]]:
-    """Export with as many symbolic sizes as work: all, the batch, none. Returns the roles that were used."""
-    attempts = [roles, {place: name for place, name in roles.items() if name == "B"}, {}]
-    failure: Exception | None = None
-    for attempt, chosen in enumerate(attempts):
-        if attempt and chosen == attempts[attempt - 1]:
-            continue
-        rows = [_two_rows(tensor) if chosen.get((index, 0)) == "B" else tensor for index, tensor in enumerate(examples)]
-        shapes = tuple(
-            {dim: torch.export.Dim.AUTO for dim in range(tensor.dim()) if (index, dim) in chosen} for index, tensor in enumerate(rows)
-        )
-        try:
-            with _left_as_it_was(model), _no_custom_functions(), warnings.catch_warnings(), torch.enable_grad():
-                warnings.simplefilter("ignore")
-                flat = _Flat(model, run)
-                return torch.export.export(flat, tuple(rows), dynamic_shapes={"tensors": shapes}, strict=False), chosen
-        except CaptureError:
-            raise
-        except Exception as error:
-            failure = error
-    assert failure is not None
-    raise _capture_error(failure) from failure
-
-
-def _two_rows(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.cat([tensor, tensor]) if tensor.shape[0] == 1 else tensor
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back every attribute of every module that tracing replaced, also inside lists and dicts."""
-    tables: list[tuple[Any, Any]] = []
-    for module in model.modules():
-        tables.append((module.__dict__, dict(module.__dict__)))
-        for value in module.__dict__.values():
-            if isinstance(value, (dict, list)):
-                tables.append((value, value.copy()))
-    try:
-        yield
-    finally:
-        for table, before in tables:
-            if isinstance(table, list):
-                if len(table) != len(before) or any(new is not old for new, old in zip(table, before, strict=True)):
-                    table[:] = before
-            elif list(table) != list(before) or any(table[key] is not old for key, old in before.items()):
-                table.clear()
-                table.update(before)
-
-
-@contextmanager
-def _no_custom_functions() -> Iterator[None]:
-    """Refuse autograd.Functions of the user's own: export would run their forward and forget their backward."""
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.startswith("torch.") and cls.__module__ != "torch.utils.checkpoint":
-            return original.__get__(None, cls)(*args, **kwargs)
-        frames = [frame for frame in traceback.extract_stack() if is_user_file(frame.filename) and frame.filename != __file__]
-        checkpointing = cls.__module__ == "torch.utils.checkpoint"
-        raise CaptureError(
-            f"the custom autograd.Function {cls.__name__} cannot be captured",
-            where=_place(frames[-1].filename, frames[-1].lineno or 0) if frames else None,
-            why="its backward is Python that a graph does not hold",
-            use="use_reentrant=False"
-            if checkpointing
-            else "torch.library.custom_op with register_autograd, or plain tensor operations",
-        )
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original
-
-
-def _place(file: str, line: int) -> str:
-    return f"{relative_file(file)}:{line}  {linecache.getline(file, line).strip()}".rstrip()
-
-
-def _capture_error(error: BaseException) -> CaptureError:
-    """The user's line and the reason, from whatever export raised."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    where, depth = None, 0
-    for link in chain:
-        frames = list(traceback.extract_tb(link.__traceback__))
-        start = next((i for i, frame in enumerate(frames) if frame.filename == __file__ and frame.name == "run"), len(frames))
-        inner = [(i, frame) for i, frame in enumerate(frames) if i > start and is_user_file(frame.filename)]
-        if inner and inner[-1][0] - start > depth:
-            depth, frame = inner[-1][0] - start, inner[-1][1]
-            where = _place(frame.filename, frame.lineno or 0)
-    text = "\n".join(str(link) for link in chain)
-    if "data-dependent" in text or "unbacked" in text or "DataDependent" in type(error).__name__:
-        return CaptureError(
-            "forward cannot be captured as one graph",
-            where=where,
-            why="Python reads values of a tensor here, to branch on them or to make a size; they are not known before a step",
-            use="a tensor operation such as torch.where, or a decision made outside of forward",
-        )
-    first = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), "")
-    return CaptureError("forward cannot be captured as one graph", where=where, why=f"{type(chain[-1]).__name__}: {first}")
-
-
 def _described(result: Any, loss: torch.Tensor | None) -> _Output:
     leaves, spec = pytree.tree_flatten(result)
     for leaf in leaves:
         if not isinstance(leaf, (torch.Tensor, torch.SymInt, int, float, bool, str, type(None))):
             raise CaptureError(
                 f"forward returns a {type(leaf).__name__}, which holds no tensor that a graph can give",
-                use="tensors in tuples, lists, dicts, or a type registered with torch.utils._pytree; for a cache: use_cache=False",
+                use="tuples, lists and dicts of tensors, or a type that torch.utils._pytree knows; for a cache: use_cache=False",
             )
     outputs = [leaf for leaf in leaves if isinstance(leaf, (torch.Tensor, torch.SymInt))]
     if loss is not None:
@@ -434,18 +243,6 @@ def _is_loss(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point()
 
 
-def _input_names(paths: list[Path], taken: set[str]) -> list[str]:
-    """A python identifier per input: `idx`, `batch_x` for batch["x"]; never a keyword or a size's name."""
-    names: list[str] = []
-    for path in paths:
-        name = re.sub(r"\W", "_", "_".join(map(str, path)))
-        name = f"input_{name}" if not name or name[0].isdigit() else name
-        while keyword.iskeyword(name) or name in taken or name in names:
-            name += "_"
-        names.append(name)
-    return names
-
-
 def _symbols(
     module: fx.GraphModule, roles: dict[tuple[int, int], str], hints: dict[str, int]
 ) -> tuple[dict[sympy.Symbol, sympy.Expr], dict[str, int]]:
@@ -460,7 +257,9 @@ def _symbols(
             symbols.setdefault(expr, size_symbol(name))
         else:
             fixed.add(name)
-            if expr is not None:  # a multiple of a symbol of export's own: the model needs divisible sizes
+            if (
+                expr is not None and expr.free_symbols
+            ):  # a multiple of a symbol of export's own: the model needs divisible sizes
                 root = next(iter(expr.free_symbols))
                 symbols[root] = next(iter(sympy.solve(expr - _traced_hint(name, hints), root)))
     for symbol, expr in symbols.items():
@@ -475,7 +274,8 @@ def _traced_hint(name: str, hints: dict[str, int]) -> int:
 
 
 def _refuse_unknown_sizes(module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Expr]) -> None:
-    """CaptureError if a size or a number comes from a tensor's values (`.item()`, nonzero): export gives it a symbol of its own."""
+    """CaptureError if a size or a number comes from a tensor's values (`.item()`, nonzero): export gives it a symbol of
+    its own."""
     for node in module.graph.nodes:
         value = node.meta.get("val")
         parts = [value] if not isinstance(value, (list, tuple)) else list(value)
@@ -483,10 +283,10 @@ def _refuse_unknown_sizes(module: fx.GraphModule, symbols: Mapping[sympy.Symbol,
         for size in sizes:
             if isinstance(size, (torch.SymInt, torch.SymFloat)) and not size.node.expr.free_symbols <= set(symbols):
                 frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-                inner = [(file, int(line)) for file, line in frames if is_user_file(file) and file != __file__]
+                inner = [(file, int(line)) for file, line in frames if is_model_file(file)]
                 raise CaptureError(
                     "forward cannot be captured as one graph",
-                    where=_place(*inner[-1]) if inner else None,
+                    where=place(*inner[-1]) if inner else None,
                     why="a number or a size is read from the values of a tensor here; they are not known before a step",
                     use="a tensor operation such as torch.where, or a number passed to forward",
                 )
@@ -512,7 +312,9 @@ def _states(model: nn.Module, module: fx.GraphModule) -> tuple[dict[str, State],
     state, aliases = _named_state(model)
     first = {alias: name for name, others in aliases.items() for alias in others} | {name: name for name in state}
     transient = {
-        f"{prefix}.{name}".lstrip(".") for prefix, part in model.named_modules(remove_duplicate=False) for name in part._non_persistent_buffers_set
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, part in model.named_modules(remove_duplicate=False)
+        for name in part._non_persistent_buffers_set
     }
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     states: dict[str, State] = {}
@@ -572,7 +374,9 @@ def _limits(
         expr = symbols.get(symbol)
         if isinstance(expr, sympy.Symbol):
             upper = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**62 else None
-            least = int(bounds.lower) if bounds.lower > 2 else 1  # 2 is only export's own: it does not tell 1 from broadcasting
+            least = (
+                int(bounds.lower) if bounds.lower > 2 else 1
+            )  # 2 is only export's own: it does not tell 1 from broadcasting
             narrow(str(expr), least, upper)
     for node in module.graph.nodes:
         for name, greatest in node.meta.get("size_limits", {}).items():

@@ -1,13 +1,15 @@
-"""From the graph that torch.export makes to a typed graph: the first step of canonicalize, and the only one that sees fake tensors.
+"""From the graph that torch.export makes to a typed graph: the first step of canonicalize, and the only one that sees
+fake tensors.
 
-- `wrap_with_set_grad_enabled` regions are inlined. A region without gradients is exactly its ops on detached arguments, so each
-  trainable argument of such an op goes through one `detach`.
-- `wrap_with_autocast` regions are inlined. Export records their ops with the dtypes that autocast gave, but without the casts. They
-  are found again by comparing: an op whose recorded result dtype is not what its arguments give by themselves had all of its
-  floating arguments cast to that dtype. Casts of parameters are shared inside a region, as autocast's own cache does, because
-  gradients are then summed in the low precision before they are cast back.
+- `wrap_with_set_grad_enabled` regions are inlined. A region without gradients is exactly its ops on detached arguments,
+  so each trainable argument of such an op goes through one `detach`.
+- `wrap_with_autocast` regions are inlined. Export records their ops with the dtypes that autocast gave, but without the
+  casts. They are found again by comparing: an op whose recorded result dtype is not what its arguments give by
+  themselves had all of its floating arguments cast to that dtype. Casts of parameters are shared inside a region, as
+  autocast's own cache does, because gradients are then summed in the low precision before they are cast back.
 - Size arithmetic becomes expressions over the symbolic sizes; assertions on metadata go.
-- Module path and source line are taken from the node's stack: the innermost frame that is neither torch's nor Python's own.
+- Module path and source line are taken from the node's stack: the innermost frame that is neither torch's nor Python's
+  own.
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ from torch import fx
 
 from costmodel.errors import CaptureError
 from passes.canonical_rewrite import Builder, op_name
-from passes.ir import Origin, TensorType, origin, output_types, size_symbol
+from passes.ir import Origin, TensorType, output_types, size_symbol
 
 aten = torch.ops.aten
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n    ([^\n]*))?')
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in ([^\n]*)(?:\n    ([^\n]*))?')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _STDLIB = os.path.realpath(sysconfig.get_paths()["stdlib"]) + os.sep
 
 
 def is_user_file(file: str) -> bool:
-    """True for code that a user wrote or chose: not torch, not Python's standard library. Model libraries count as the user's."""
+    """True for code that a user wrote or chose, model libraries included: not torch, not Python's standard library."""
     if file.startswith("<") and not file.startswith("<ipython"):
         return False
     real = os.path.realpath(file)
@@ -61,14 +63,16 @@ class State:
 
 @dataclass(frozen=True)
 class Imports:
-    """What an exported module's graph alone does not say: the names of its inputs in order, hints of the symbolic sizes, our expression
-    for each of export's symbols, and the state under each of export's get_attr targets (a tied parameter has one State)."""
+    """What an exported module's graph alone does not say.
+
+    Names of its inputs in order; the symbolic sizes with the example's values; our expression for each of export's
+    symbols; the state under each of export's get_attr targets (a tied parameter has several targets and one State).
+    """
 
     input_names: tuple[str, ...]
     sizes: Mapping[str, int]
     symbols: Mapping[sympy.Symbol, sympy.Expr]
     states: Mapping[str, State]
-    skip_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,17 +119,19 @@ class _Importer:
         return self.place_of(node)["origin"]
 
     def place_of(self, node: fx.Node) -> dict[str, Any]:
-        """meta: `origin`; `frames`, the user's statements (file, line) it ran under, outermost first; `owner`, the innermost module
-        on its path that is no library module of torch: the module whose forward has the last of these statements."""
+        """meta: `origin`; `frames`, the user's statements (file, line, function) it ran under, outermost first;
+        `owner`, the innermost module on its path that is no library module of torch: the module whose forward has the
+        last of these statements."""
         stack = node.meta.get("stack_trace") or ""
         modules = tuple((path, str(kind)) for path, kind in (node.meta.get("nn_module_stack") or {}).values())
         if (stack, modules) not in self._places:
-            found = [match for match in _FRAME.findall(stack) if is_user_file(match[0]) and match[0] not in self.imports.skip_files]
+            found = [match for match in _FRAME.findall(stack) if is_user_file(match[0])]
+            place = (relative_file(found[-1][0]), int(found[-1][1]), found[-1][3].strip()) if found else ()
             path = re.sub(r"@\d+", "", modules[-1][0]) if modules else ""
             owners = [path for path, kind in modules if not kind.startswith("torch.nn.")]
             self._places[stack, modules] = {
-                "origin": Origin(path, relative_file(found[-1][0]), int(found[-1][1]), found[-1][2].strip()) if found else Origin(path),
-                "frames": tuple((file, int(line)) for file, line, _ in found),
+                "origin": Origin(path, *place),
+                "frames": tuple((file, int(line), function) for file, line, function, _ in found),
                 "owner": re.sub(r"@\d+", "", owners[-1]) if owners else "",
             }
         return self._places[stack, modules]
@@ -144,11 +150,18 @@ class _Importer:
                 continue
             state = self.imports.states[str(node.target)]
             if state.name not in by_name:
+                value = node.meta["val"]
                 by_name[state.name] = builder.state(
-                    state.name, kind=state.kind, aliases=state.aliases, persistent=state.persistent,
-                    trainable=state.kind == "parameter" and state.tensor.requires_grad, value=state.tensor,
-                    device=node.meta["val"].device, tensor=self.type_of(node.meta["val"]), origin=Origin(state.name.rpartition(".")[0]),
-                )  # fmt: skip
+                    state.name,
+                    kind=state.kind,
+                    aliases=state.aliases,
+                    persistent=state.persistent,
+                    trainable=state.kind == "parameter" and state.tensor.requires_grad,
+                    value=state.tensor,
+                    device=value.device,
+                    tensor=self.type_of(value),
+                    origin=Origin(state.name.rpartition(".")[0]),
+                )
             values[node] = by_name[state.name]
         outputs = self.inline(module, values, _Region())
         builder.graph.output(tuple(outputs))
@@ -219,7 +232,7 @@ class _Importer:
         if not isinstance(arg, fx.Node) or not arg.meta.get("trainable"):
             return arg
         if arg not in region.detached:
-            same = {key: arg.meta[key] for key in ("tensor", "tensors", "device") if key in arg.meta}
+            same: dict[str, Any] = {key: arg.meta[key] for key in ("tensor", "tensors", "device") if key in arg.meta}
             region.detached[arg] = self.builder.emit(aten.detach.default, (arg,), {}, {**_place(meta), **same})
         return region.detached[arg]
 
@@ -229,7 +242,11 @@ class _Importer:
         """The arguments with the casts that autocast did, found from the dtype it gave."""
         kinds = [meta["tensor"]] if "tensor" in meta else meta.get("tensors", ())
         recorded = next((kind.dtype for kind in kinds if kind.is_floating), None)
-        if recorded is None or not isinstance(target, torch._ops.OpOverload) or op_name(target) in ("to", "_to_copy", "detach"):
+        if (
+            recorded is None
+            or not isinstance(target, torch._ops.OpOverload)
+            or op_name(target) in ("to", "_to_copy", "detach")
+        ):
             return args
         if self.natural_dtype(target, args, kwargs) == recorded:
             return args
@@ -250,13 +267,17 @@ class _Importer:
         return fx.node.map_arg(args, cast)
 
     def natural_dtype(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
-        """The floating dtype an op gives outside of autocast, by running it on the meta device; None if it refuses its arguments."""
+        """The floating dtype an op gives outside of autocast, by running it on the meta device; None if it refuses."""
 
         def empty(arg: fx.Node) -> Any:
             if "size" in arg.meta:
                 return int(arg.meta["size"].xreplace(self.by_symbol))
             tensors = [
-                torch.empty([int(sympy.sympify(size).xreplace(self.by_symbol)) for size in kind.shape], dtype=kind.dtype, device="meta")
+                torch.empty(
+                    [int(sympy.sympify(size).xreplace(self.by_symbol)) for size in kind.shape],
+                    dtype=kind.dtype,
+                    device="meta",
+                )
                 for kind in output_types(arg)
             ]
             return tensors[0] if "tensor" in arg.meta else tensors
@@ -268,7 +289,9 @@ class _Importer:
         except RuntimeError:
             return None
         results = result if isinstance(result, (tuple, list)) else (result,)
-        return next((item.dtype for item in results if isinstance(item, torch.Tensor) and item.is_floating_point()), None)
+        return next(
+            (item.dtype for item in results if isinstance(item, torch.Tensor) and item.is_floating_point()), None
+        )
 
 
 class _RegionOutputs(list[Any]):

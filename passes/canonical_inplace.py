@@ -1,10 +1,10 @@
 """In-place ops become ordinary ones, so that every value is written once and passes may move and drop nodes freely.
 
-Each tensor of the incoming graph is a root or a view of another one. Writing to a tensor makes a new value of its root: the
-functional op's result, carried up the chain of views by the inverse of each (`slice` -> `slice_scatter`). A view that is read
-after its root changed is made again from the new value. What stays in place is the state that the user's model itself updates in
-forward, buffers such as running statistics: those nodes carry meta["mutates"], the buffers' names; they are never dead
-and never merged. A changed input keeps the caller's tensor untouched.
+Each tensor of the incoming graph is a root or a view of another one. Writing to a tensor makes a new value of its root:
+the functional op's result, carried up the chain of views by the inverse of each (`slice` -> `slice_scatter`). A view
+that is read after its root changed is made again from the new value. What stays in place is the state that the user's
+model itself updates in forward, buffers such as running statistics: those nodes carry meta["mutates"], the buffers'
+names; they are never dead and never merged. A changed input keeps the caller's tensor untouched.
 """
 
 from __future__ import annotations
@@ -22,11 +22,36 @@ from passes.ir import TensorType, is_trainable, origin, tensor_type
 
 aten = torch.ops.aten
 
-_WHOLE = {"alias", "detach", "detach_", "contiguous", "to", "lift_fresh", "lift_fresh_copy", "dropout", "alpha_dropout", "feature_dropout"}
-_RESHAPING = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as"}
-_STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}  # update running_mean, running_var without saying so
+_WHOLE = {
+    "alias",
+    "detach",
+    "detach_",
+    "contiguous",
+    "to",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "dropout",
+    "alpha_dropout",
+    "feature_dropout",
+}
+_RESHAPING = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "unsqueeze",
+    "squeeze",
+    "view_as",
+    "reshape_as",
+}
+_STATISTICS = {
+    "batch_norm": "training",
+    "instance_norm": "use_input_stats",
+}  # update running_mean, running_var without saying so
 _FUNCTIONAL = {
-    "normal_": aten.normal_functional, "__iand__": aten.bitwise_and, "__ior__": aten.bitwise_or, "__ixor__": aten.bitwise_xor,
+    "normal_": aten.normal_functional,
+    "__iand__": aten.bitwise_and, "__ior__": aten.bitwise_or, "__ixor__": aten.bitwise_xor,
     "__ilshift__": aten.bitwise_left_shift, "__irshift__": aten.bitwise_right_shift,
 }  # fmt: skip
 
@@ -67,7 +92,9 @@ def _viewed(node: fx.Node) -> fx.Node | None:
 def _keeps_memory(node: fx.Node, source: fx.Node) -> bool:
     name = op_name(node.target)
     if name == "to":
-        return tensor_type(node) == tensor_type(source) and not argument(node, "copy") and _device(node) == _device(source)
+        return (
+            tensor_type(node) == tensor_type(source) and not argument(node, "copy") and _device(node) == _device(source)
+        )
     if name == "contiguous":
         return bool(node.meta.get("no_op"))
     return name.endswith("dropout") and argument(node, "train") is False
@@ -171,13 +198,16 @@ class _Functionaliser:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.read)
         name = op_name(node.target)
         if name == "copy_":
-            source = args[1]
+            source: Any = args[1]
             if tensor_type(source) == kind:
                 return source
             if shape_of(source) != kind.shape:
                 shape = self.builder.shape(kind.shape, origin(node))
                 source = self.builder.call(
-                    aten.expand.default, (source, shape), like=node, tensor=TensorType(source.meta["tensor"].dtype, kind.shape)
+                    aten.expand.default,
+                    (source, shape),
+                    like=node,
+                    tensor=TensorType(source.meta["tensor"].dtype, kind.shape),
                 )
             return self.cast(source, kind, node)
         packet = _FUNCTIONAL.get(name) or getattr(aten, name.removesuffix("_"), None)
@@ -191,7 +221,7 @@ class _Functionaliser:
         for arg in (arg for arg in args[1:] if isinstance(arg, fx.Node) and tensor_type(arg) is not None):
             if shape_of(arg) or arg.meta["tensor"].is_floating > kind.is_floating:
                 promoted = torch.promote_types(promoted, arg.meta["tensor"].dtype)
-        if not torch.Tag.pointwise in function.tags:
+        if torch.Tag.pointwise not in function.tags:
             promoted = kind.dtype
         value = self.builder.call(function, args, kwargs, like=node, tensor=TensorType(promoted, kind.shape))
         return self.cast(value, kind, node)
@@ -215,14 +245,15 @@ class _Functionaliser:
     def scatter(self, view: fx.Node, parent: fx.Node, value: Any, node: fx.Node) -> Any:
         """The value of `parent` after its view got `value`: the inverse of one view op."""
         name, kind = op_name(view.target), tensor_type(parent)
+        if "tensors" in view.meta:
+            return value  # the list of pieces: scatter_piece has carried the value past it
         if _is_mutable(view) or name in _WHOLE:
             if name == "detach" and is_trainable(parent):
                 raise self.refusal(node, "a detached view of a value with a gradient is changed in place")
             return value
         if view.target is operator.getitem:  # one of the pieces that split, chunk or unbind gave
             return self.scatter_piece(view, parent, value, node)
-        if kind is None:
-            return value  # `parent` is a list of pieces: its own parent was served by scatter_piece
+        assert kind is not None
         call, where = self.builder.call, origin(node)
         if name in _RESHAPING:
             return call(aten.reshape.default, (value, self.builder.shape(kind.shape, where)), like=node, tensor=kind)
@@ -234,7 +265,11 @@ class _Functionaliser:
             inverse = [order.index(dim) for dim in range(len(order))]
             return call(aten.permute.default, (value, inverse), like=node, tensor=kind)
         rest = fx.node.map_arg(view.args[1:], self.read)
-        scatters = {"slice": aten.slice_scatter.default, "select": aten.select_scatter.default, "diagonal": aten.diagonal_scatter.default}
+        scatters = {
+            "slice": aten.slice_scatter.default,
+            "select": aten.select_scatter.default,
+            "diagonal": aten.diagonal_scatter.default,
+        }
         if name in scatters:
             return call(scatters[name], (self.read(parent), value, *rest), like=node, tensor=kind)
         raise self.refusal(node, f"a view made by {name} is changed in place")

@@ -1,11 +1,11 @@
 """Static causal masks become `is_causal=True`: the mask is neither built nor read, a third of attention's time.
 
-Model libraries build a [B, 1, T, T] boolean (or 0 / -inf) mask from aranges and comparisons, through vmapped predicates and packed
-sequence detection on the position ids. No pattern would keep up with that. Instead the subgraph of the mask is *evaluated*: if it
-depends on no model input and no trainable value, it is a function of the sizes alone, and it is run for several sizes and compared
-with the lower triangle. Constants inside the subgraph that exceed the sizes tried (a sliding window of 4096) could change the
-mask beyond them; they become an upper limit of the size, kept in meta["size_limits"] of the attention, and no fold happens
-if the traced size is already above.
+Model libraries build a [B, 1, T, T] boolean (or 0 / -inf) mask from aranges and comparisons, through vmapped predicates
+and packed sequence detection on the position ids. No pattern would keep up with that. Instead the subgraph of the mask
+is *evaluated*: if it depends on no model input and no trainable value, it is a function of the sizes alone, and it is
+run for several sizes and compared with the lower triangle. Constants inside the subgraph that exceed the sizes tried (a
+sliding window of 4096) could change the mask beyond them; they become an upper limit of the size, kept in
+meta["size_limits"] of the attention, and no fold happens if the traced size is already above.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class _Evaluator:
 def _integers(arg: Any) -> list[int]:
     if isinstance(arg, (list, tuple)):
         return [found for item in arg for found in _integers(item)]
-    return [abs(int(arg))] if isinstance(arg, (int, float)) and not isinstance(arg, bool) and 8 < abs(arg) < 2**62 else []
+    return (
+        [abs(int(arg))] if isinstance(arg, (int, float)) and not isinstance(arg, bool) and 8 < abs(arg) < 2**62 else []
+    )
 
 
 def _is_lower_triangle(mask: torch.Tensor) -> bool:
@@ -99,7 +101,8 @@ def _is_lower_triangle(mask: torch.Tensor) -> bool:
 def causal_limits(
     mask: fx.Node, length: Any, hints: Mapping[sympy.Symbol, int], updated: Set[str]
 ) -> dict[str, int] | None:
-    """None if the mask is not provably causal; else the largest value of each size for which it was proved (usually {})."""
+    """None if the mask is not provably causal; else the largest value of each size for which it was proved (usually
+    {})."""
     free = sympy.sympify(length).free_symbols
     shape = mask.meta["tensor"].shape
     used = set().union(*(sympy.sympify(size).free_symbols for size in shape), free)
@@ -129,7 +132,9 @@ def causal_limits(
 def fold_causal_masks(graph: fx.Graph) -> fx.Graph:
     """Every attention whose mask is a lower triangle for all sizes gets `is_causal=True` and no mask."""
     known: dict[fx.Node, dict[str, int] | None] = {}
-    hints = {node.meta["size"]: node.meta["hint"] for node in graph.nodes if node.op == "placeholder" and "size" in node.meta}
+    hints = {
+        node.meta["size"]: node.meta["hint"] for node in graph.nodes if node.op == "placeholder" and "size" in node.meta
+    }
     updated = {name for node in graph.nodes for name in node.meta.get("mutates", ())}
 
     def rule(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,9 +1,9 @@
 """How a pass is written: a rule per node, applied in order to a new graph. The graph that comes in is never edited.
 
-A rule gets the builder of the new graph, an old node and its arguments already mapped to new nodes, and returns what stands for
-the old node from now on: a new node, another new node, or a plain value. The builder keeps the invariants of passes/ir.py: every
-node that it makes has a type, an origin, and freshly derived `trainable` and `random` marks, and sizes are hash-consed: one node per
-expression, however often the user's code wrote `x.shape[0] * 3`.
+A rule gets the builder of the new graph, an old node and its arguments already mapped to new nodes, and returns what
+stands for the old node from now on: a new node, another new node, or a plain value. The builder keeps the invariants of
+passes/ir.py: every node that it makes has a type, an origin, and freshly derived `trainable` and `random` marks, and
+sizes are hash-consed: one node per expression, however often the user's code wrote `x.shape[0] * 3`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from passes.ir import Origin, Size, TensorType, origin, output_types, tensor_typ
 
 aten = torch.ops.aten
 
-# Ops whose float result has no gradient although an argument may have one. Comparisons and argmax are left out: not float.
+# Ops whose float result has no gradient although an argument may have one.
 _NO_GRADIENT = {
-    "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full",
-    "new_empty", "bernoulli",
+    "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+    "new_full", "new_empty", "bernoulli",
 }  # fmt: skip
 
 # Python functions for the integer functions that torch.export puts into size expressions, by the class's name.
 _SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod,
-    "PowByNatural": operator.pow, "IntTrueDiv": operator.truediv, "FloatTrueDiv": operator.truediv, "FloatPow": operator.pow,
-    "Max": builtins.max, "Min": builtins.min, "ToFloat": builtins.float, "TruncToInt": math.trunc, "CeilToInt": math.ceil,
-    "FloorToInt": math.floor, "RoundToInt": builtins.round, "OpaqueUnaryFn_sqrt": math.sqrt, "OpaqueUnaryFn_log2": math.log2,
-    "OpaqueUnaryFn_log": math.log, "OpaqueUnaryFn_exp": math.exp, "Abs": builtins.abs,
+    "PowByNatural": operator.pow, "FloatPow": operator.pow, "IntTrueDiv": operator.truediv,
+    "FloatTrueDiv": operator.truediv, "Max": builtins.max, "Min": builtins.min, "Abs": builtins.abs,
+    "ToFloat": builtins.float, "TruncToInt": math.trunc, "CeilToInt": math.ceil, "FloorToInt": math.floor,
+    "RoundToInt": builtins.round, "OpaqueUnaryFn_sqrt": math.sqrt, "OpaqueUnaryFn_log2": math.log2,
+    "OpaqueUnaryFn_log": math.log, "OpaqueUnaryFn_exp": math.exp,
 }  # fmt: skip
 
+_NOWHERE = Origin()
 Rule = Callable[["Builder", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -49,7 +51,7 @@ def op_name(target: Any) -> str:
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
-    """The value of an OpOverload call's argument by its schema name, whether it was passed by position, by keyword or not at all."""
+    """An OpOverload call's argument by its schema name, whether passed by position, by keyword or not at all."""
     for position, parameter in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if parameter.name == name:
             if position < len(node.args):
@@ -59,14 +61,15 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 
 
 def is_random(node: fx.Node) -> bool:
-    """True if two runs of this node may differ: a random op that is not switched off by its own arguments (p = 0, train = False)."""
+    """True if two runs of this node may differ: a random op that its own arguments (p = 0, train = False) do not switch
+    off."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     names = {parameter.name for parameter in target._schema.arguments}
     if any(name in names and argument(node, name) is False for name in ("train", "training")):
         return False
-    chances = [name for name in ("dropout_p", "dropout") if name in names]
+    chances: list[str] = [name for name in ("dropout_p", "dropout") if name in names]
     chances += ["p"] if "dropout" in target._schema.name and "p" in names else []
     return not any(argument(node, name) == 0 for name in chances)
 
@@ -102,7 +105,9 @@ class Builder:
             self._sizes[meta["size"]] = node
         return node
 
-    def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: dict[str, Any], name: str | None = None) -> fx.Node:
+    def emit(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: dict[str, Any], name: str | None = None
+    ) -> fx.Node:
         """A call with the given meta; `trainable` and `random` are derived."""
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         node.meta.update(meta)
@@ -134,11 +139,15 @@ class Builder:
         name: str | None = None,
     ) -> fx.Node:
         """A node that the user's code does not have; `like` lends its origin, and its type where none is given."""
-        kind: dict[str, Any] = {"tensors": tuple(tensors)} if tensors is not None else {"tensor": tensor or tensor_type(like)}
-        place = {key: like.meta[key] for key in ("origin", "frames", "owner", "device") if key in like.meta}
+        kind: dict[str, Any] = (
+            {"tensors": tuple(tensors)} if tensors is not None else {"tensor": tensor or tensor_type(like)}
+        )
+        place: dict[str, Any] = {
+            key: like.meta[key] for key in ("origin", "frames", "owner", "device") if key in like.meta
+        }
         return self.emit(target, args, kwargs or {}, {**place, **kind}, name)
 
-    def size(self, expr: Size, where: Origin = Origin()) -> Any:
+    def size(self, expr: Size, where: Origin = _NOWHERE) -> Any:
         """The int, or the one node, that computes a size expression."""
         expr = sympy.sympify(expr)
         if expr.is_Integer:
@@ -153,7 +162,9 @@ class Builder:
 
     def _size_call(self, expr: sympy.Expr, where: Origin) -> fx.Node:
         if isinstance(expr, sympy.Add):
-            first, *rest = sorted(expr.args, key=lambda term: (bool(term.could_extract_minus_sign()), term.is_number, str(term)))
+            first, *rest = sorted(
+                expr.args, key=lambda term: (bool(term.could_extract_minus_sign()), term.is_number, str(term))
+            )
             left = first if len(rest) == 1 else sympy.Add(first, *rest[:-1])
             last = rest[-1]
             if last.could_extract_minus_sign():
@@ -180,7 +191,7 @@ class Builder:
     def _call_size(self, function: Callable[..., Any], left: Any, right: Any, where: Origin) -> fx.Node:
         return self.graph.call_function(function, (self.size(left, where), self.size(right, where)))
 
-    def shape(self, sizes: Iterable[Size], where: Origin = Origin()) -> list[Any]:
+    def shape(self, sizes: Iterable[Size], where: Origin = _NOWHERE) -> list[Any]:
         """A shape as an argument: a list of ints and size nodes."""
         return [self.size(size, where) for size in sizes]
 

@@ -1,9 +1,11 @@
-"""From what torch.export gives to the canonical graph of passes/ir.py: few kinds of op, nothing dead, nothing baked that is a size.
+"""From what torch.export gives to the canonical graph of passes/ir.py: few kinds of op, nothing dead, nothing baked
+that is a size.
 
-`canonicalize` is the composition of PASSES, each a function from graph to graph. What they may not do is change numbers: executed
-with the marked biases fused again, the canonical graph gives the bits of the user's model. Therefore common subexpressions are merged
-only where no gradient flows (elsewhere it would change the order of gradient sums), and nothing is decomposed further than
-linear = matmul + bias. To add a pass: write graph -> graph with `rewrite`, and put it in the tuple.
+`canonicalize` is the composition of PASSES, each a function from graph to graph. What they may not do is change
+numbers: executed with the marked biases fused again, the canonical graph gives the bits of the user's model. Therefore
+common subexpressions are merged only where no gradient flows (elsewhere it would change the order of gradient sums),
+and nothing is decomposed further than linear = matmul + bias. To add a pass: write graph -> graph with `rewrite`, and
+put it in the tuple.
 """
 
 from __future__ import annotations
@@ -23,9 +25,30 @@ from passes.ir import TensorType, is_trainable, origin, tensor_type
 
 aten = torch.ops.aten
 
-_SAME_SHAPE_SPELLINGS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "expand", "expand_as"}
+_SAME_SHAPE_SPELLINGS = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "view_as",
+    "reshape_as",
+    "expand",
+    "expand_as",
+}
+_KEEPS_LAYOUT = {"view", "reshape", "unsqueeze", "squeeze", "detach", "to", "dropout"}
 _BITWISE = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"}
-_SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk", "hsplit", "vsplit"}
+_SPLITS = {
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "unbind",
+    "unsafe_split",
+    "unsafe_chunk",
+    "hsplit",
+    "vsplit",
+}
 
 
 def _identity(node: fx.Node) -> bool:
@@ -45,7 +68,7 @@ def _identity(node: fx.Node) -> bool:
     if name == "clone":
         return node.kwargs.get("memory_format") is None
     if name == "contiguous":
-        return argument(node, "memory_format") in (None, torch.contiguous_format) and _layout_is_free(node)
+        return node.kwargs.get("memory_format") in (None, torch.contiguous_format) and _layout_is_free(node)
     if name == "slice":
         step = argument(node, "step")
         return step == 1 and argument(node, "start") in (None, 0)
@@ -61,7 +84,8 @@ def _device_of(node: fx.Node) -> Any:
 def _layout_is_free(node: fx.Node) -> bool:
     """True if nothing can tell whether this `contiguous` ran: it did nothing, or only reshapes read its result."""
     return bool(node.meta.get("no_op")) or all(
-        op_name(user.target) in _SAME_SHAPE_SPELLINGS or (_identity(user) and _layout_is_free(user)) for user in node.users
+        op_name(user.target) in _SAME_SHAPE_SPELLINGS or (_identity(user) and _layout_is_free(user))
+        for user in node.users
     )
 
 
@@ -81,7 +105,8 @@ def _reads_state(node: Any, names: set[str]) -> bool:
 
 
 def strip_no_ops(graph: fx.Graph) -> fx.Graph:
-    """Leave out what changes nothing: `to` the same dtype, `alias`, `clone`, slices of everything, `contiguous` before a reshape."""
+    """Leave out what changes nothing: `to` the same dtype, `alias`, `clone`, slices of everything, `contiguous` before
+    a reshape."""
     updated = _updated_states(graph)
 
     def rule(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,32 +117,45 @@ def strip_no_ops(graph: fx.Graph) -> fx.Graph:
     return rewrite(graph, rule)
 
 
-def _is_dense(node: fx.Node) -> bool:
-    """True if the user's `view` of this value works whatever the layouts of kernels' results and however it is sharded."""
+def _is_dense(node: fx.Node, dense: dict[fx.Node, bool]) -> bool:
+    """True if a `view` of this value works whatever layouts kernels give their results. `dense` knows the nodes before
+    it."""
     if node.op != "call_function":
         return True
     target, name = node.target, op_name(node.target)
+    sources = [source for source in node.all_input_nodes if tensor_type(source) is not None]
     if target is operator.getitem:
-        source = node.args[0]
-        return isinstance(source, fx.Node) and op_name(source.target) not in _SPLITS
-    if name in ("view", "reshape", "unsqueeze", "squeeze", "detach", "to", "dropout") or torch.Tag.pointwise in target.tags:  # type: ignore[union-attr]
-        return all(_is_dense(arg) for arg in node.all_input_nodes if tensor_type(arg) is not None)
+        return op_name(node.all_input_nodes[0].target) not in _SPLITS
     if name == "scaled_dot_product_attention" or not isinstance(target, torch._ops.OpOverload):
         return False
+    if name in _KEEPS_LAYOUT or torch.Tag.pointwise in target.tags:
+        return all(dense[source] for source in sources)
     return not any(item.alias_info for item in target._schema.returns)
 
 
 def one_spelling(graph: fx.Graph) -> fx.Graph:
-    """One way to write each thing: explicit sizes in view, reshape and expand; split_with_sizes for split, chunk and unbind;
-    bitwise_and for `&`; permute for movedim; to.dtype for casts. `view` of a value that need not be dense becomes `reshape`."""
+    """One way to write each thing: explicit sizes in view, reshape and expand; split_with_sizes for split, chunk and
+    unbind; bitwise_and for `&`; permute for movedim; to.dtype for casts. `view` of a value that need not be dense
+    becomes `reshape`."""
+
+    dense: dict[fx.Node, bool] = {}
+    for node in graph.nodes:
+        dense[node] = _is_dense(node, dense)
 
     def rule(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name, kind, where = op_name(node.target), tensor_type(node), origin(node)
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         if name in ("expand", "expand_as") and kind is not None:
-            return builder.emit(aten.expand.default, (args[0], builder.shape(kind.shape, where)), {}, node.meta, node.name)
-        if name in _SAME_SHAPE_SPELLINGS and kind is not None and source is not None and getattr(node.target, "_overloadname", "") != "dtype":
-            op = aten.view.default if name in ("view", "view_as") and _is_dense(source) else aten.reshape.default
+            return builder.emit(
+                aten.expand.default, (args[0], builder.shape(kind.shape, where)), {}, node.meta, node.name
+            )
+        if (
+            name in _SAME_SHAPE_SPELLINGS
+            and kind is not None
+            and source is not None
+            and getattr(node.target, "_overloadname", "") != "dtype"
+        ):
+            op = aten.view.default if name in ("view", "view_as") and dense[source] else aten.reshape.default
             return builder.emit(op, (args[0], builder.shape(kind.shape, where)), {}, node.meta, node.name)
         if name in _SPLITS and "tensors" in node.meta:
             return _split(builder, node, args[0])
@@ -126,12 +164,20 @@ def one_spelling(graph: fx.Graph) -> fx.Graph:
         if name in _BITWISE:
             op = getattr(getattr(aten, _BITWISE[name]), getattr(node.target, "_overloadname", "Tensor"))
             return builder.emit(op, args, kwargs, node.meta, node.name)
-        if name in ("to", "type_as", "_to_copy") and source is not None and kind is not None and _only_casts(node, source):
+        if (
+            name in ("to", "type_as", "_to_copy")
+            and source is not None
+            and kind is not None
+            and _only_casts(node, source)
+        ):
             return builder.emit(aten.to.dtype, (args[0], kind.dtype), {}, node.meta, node.name)
         if name == "squeeze" and getattr(node.target, "_overloadname", "") == "default" and source is not None:
             dims = [dim for dim, size in enumerate(shape_of(source)) if size == 1]
             return builder.emit(aten.squeeze.dims, (args[0], dims), {}, node.meta, node.name)
-        if name in ("t", "numpy_T", "mT", "adjoint", "swapaxes", "swapdims", "movedim", "moveaxis") and source is not None:
+        if (
+            name in ("t", "numpy_T", "mT", "adjoint", "swapaxes", "swapdims", "movedim", "moveaxis")
+            and source is not None
+        ):
             return _permuted(builder, node, args, len(shape_of(source)))
         if name == "narrow" and source is not None and isinstance(argument(node, "start"), int):
             dim, start, length = args[1:4]
@@ -198,7 +244,9 @@ def merge_common(graph: fx.Graph) -> fx.Graph:
     seen: dict[Any, fx.Node] = {}
 
     def rule(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        pinned = node.meta.get("mutates") or (updated and any(_reads_state(arg, updated) for arg in node.all_input_nodes))
+        pinned = node.meta.get("mutates") or (
+            updated and any(_reads_state(arg, updated) for arg in node.all_input_nodes)
+        )
         if node.op != "call_function" or is_trainable(node) or node.meta.get("random") or pinned or "size" in node.meta:
             return builder.copy(node, args, kwargs)
         if op_name(node.target).startswith("empty") or op_name(node.target) == "new_empty":
@@ -212,8 +260,11 @@ def merge_common(graph: fx.Graph) -> fx.Graph:
 
 
 def split_biases(graph: fx.Graph) -> fx.Graph:
-    """linear with bias -> linear, add; addmm -> mm, add. The add is marked: meta["fused"] ("linear" or "addmm") and meta["bias_of"]
-    (the product's node name), so that the exact fused op can be put back where nothing comes between the two."""
+    """linear with bias -> linear, add; addmm -> mm, add.
+
+    The add is marked so that the exact fused op can be put back where nothing comes between the two: meta["fused"] is
+    "linear" or "addmm", meta["bias_of"] the product's node name.
+    """
 
     def rule(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = op_name(node.target)
@@ -265,5 +316,6 @@ def canonicalize(module: fx.GraphModule, imports: Imports) -> fx.GraphModule:
     for apply in PASSES:
         graph = apply(graph)
     graph.lint()
-    root = {str(node.target): imports.states[str(node.target)].tensor for node in graph.nodes if node.op == "get_attr"}
+    read = {node.target for node in graph.nodes if node.op == "get_attr"}
+    root = {state.name: state.tensor for state in imports.states.values() if state.name in read}
     return fx.GraphModule(root, graph, class_name="Canonical")

@@ -111,3 +111,8 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 def calls(graph: fx.Graph) -> Iterator[fx.Node]:
     """The call_function nodes in order."""
     return (node for node in graph.nodes if node.op == "call_function")
+
+
+def is_kept(node: fx.Node) -> bool:
+    """For fx's dead-code removal: nodes to keep though nothing uses them (updates of buffers). Random ops may go."""
+    return node.op in ("placeholder", "output") or bool(node.meta.get("mutates"))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.ir import TensorType, origin, size_expr, tensor_type
+from passes.ir import TensorType, is_kept, origin, size_expr, tensor_type
 from passes.shard import depends_on_parameters
 
 aten = torch.ops.aten
@@ -210,7 +210,7 @@ def _weights_module(module: fx.GraphModule, terms: list[_Term]) -> fx.GraphModul
         copies[node] = graph.node_copy(node, lambda n: copies[n])
         copies[node].meta = dict(node.meta)
     graph.output(tuple(term.weight(graph, copies) for term in terms))
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(is_impure_node=is_kept)
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users:
             graph.erase_node(node)

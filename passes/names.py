@@ -1,10 +1,12 @@
 """Names for values in emitted programs: those that the user's own code gives them.
 
-Each node knows the stack of user statements it ran under, outermost first. A statement is *closed* when the next node runs under
-another one; its last value is what it computed, and takes the name it is assigned to: `h` for `h = F.gelu(self.up(x))`, and `q`, `k`, `v`
-by piece for `q, k, v = self.qkv(x).split(C, dim=2)`. The innermost assignment wins. A value that a module returns takes the module's
-name in its parent (`attn` for `self.attn`), a value from a library module that module's name (`ln1`), and the rest are called after
-their op. Names repeat over layers and get a numbered suffix, so one name is one value. Nothing here changes what is computed.
+Each node knows the stack of user statements it ran under, outermost first. A statement is *closed* when the next node
+runs under another one; its last value is what it computed, and takes the name it is assigned to: `h` for `h =
+F.gelu(self.up(x))`, and `q`, `k`, `v` by piece for `q, k, v = self.qkv(x).split(C, dim=2)`. The innermost assignment
+wins. A value that a module returns takes the module's name in its parent (`attn` for `self.attn`), one that a function
+returns the function's name, a value from a library module that module's name (`ln1`), and the rest are called after
+their op. Names repeat over layers and get a numbered suffix, so one name is one value. Nothing here changes what is
+computed.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import keyword
 import linecache
 import operator
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import sympy
@@ -24,12 +25,13 @@ from torch import fx
 from passes.canonical_rewrite import op_name
 from passes.ir import origin, size_expr
 
-Frame = tuple[str, int]  # file, line
+Frame = tuple[str, int, str]  # file, line, function
 
 _OP_NAMES = {
-    "scaled_dot_product_attention": "attention", "sum": "total", "pow": "power", "max": "largest", "min": "smallest", "abs": "absolute",
-    "all": "every", "any": "some", "split_with_sizes": "pieces", "slice": "part", "round": "rounded", "add": "added", "mul": "product",
-    "mm": "product", "bmm": "product", "matmul": "product", "to": "cast", "index": "indexed", "_to_copy": "cast",
+    "scaled_dot_product_attention": "attention", "split_with_sizes": "pieces", "slice": "part", "index": "indexed",
+    "sum": "total", "pow": "power", "max": "largest", "min": "smallest", "abs": "absolute", "all": "every", "any": "some",
+    "round": "rounded", "add": "added", "mul": "product", "mm": "product", "bmm": "product", "matmul": "product",
+    "to": "cast", "_to_copy": "cast",
 }  # fmt: skip
 _RESERVED = {"torch", "F", "aten", "self", "p", "forward", "math", "operator"}
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
@@ -37,7 +39,8 @@ _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
 
 @dataclass(frozen=True)
 class _Statement:
-    """A simple statement of the user's: where it begins, the names it assigns (one, or one per piece), whether it returns."""
+    """A simple statement of the user's: where it begins, the names it assigns (one, or one per piece), whether it
+    returns."""
 
     file: str
     line: int
@@ -49,6 +52,7 @@ class _Statement:
 @dataclass
 class _Open:
     statement: _Statement
+    function: str
     nodes: list[fx.Node] = field(default_factory=list)
 
 
@@ -59,7 +63,7 @@ class _Sources:
         self._by_file: dict[str, dict[int, _Statement]] = {}
 
     def statement(self, frame: Frame) -> _Statement:
-        file, line = frame
+        file, line, _ = frame
         if file not in self._by_file:
             self._by_file[file] = self._read(file)
         return self._by_file[file].get(line, _Statement(file, line))
@@ -109,7 +113,9 @@ def readable_names(graph: fx.Graph) -> dict[fx.Node, str]:
         if node.op == "placeholder":
             names[node] = str(node.target)
             taken.add(names[node])
-    last_of_module = {(node.meta.get("owner"), origin(node).path): node for node in graph.nodes if node.op == "call_function"}
+    last_of_module = {
+        (node.meta.get("owner"), origin(node).path): node for node in graph.nodes if node.op == "call_function"
+    }
     counts: dict[str, int] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
@@ -133,7 +139,7 @@ def _assigned_names(graph: fx.Graph) -> dict[fx.Node, str]:
     sources, names = _Sources(), dict[fx.Node, str]()
     stack: list[_Open] = []
     for node in graph.nodes:
-        frames: Iterable[Frame] = node.meta.get("frames", ())
+        frames: tuple[Frame, ...] = node.meta.get("frames", ())
         if node.op != "call_function" or not frames or "size" in node.meta:
             continue
         statements = [sources.statement(frame) for frame in frames]
@@ -143,7 +149,7 @@ def _assigned_names(graph: fx.Graph) -> dict[fx.Node, str]:
         if 0 < same < min(len(stack), len(statements)) and _starts_again(stack[same], statements[same], node):
             same -= 1  # a loop: the statement above runs once more
         _close(stack, same, names)
-        stack += [_Open(statement) for statement in statements[same:]]
+        stack += [_Open(statement, frame[2]) for statement, frame in zip(statements[same:], frames[same:], strict=True)]
         for open_statement in stack:
             open_statement.nodes.append(node)
     _close(stack, 0, names)
@@ -164,15 +170,24 @@ def _close(stack: list[_Open], depth: int, names: dict[fx.Node, str]) -> None:
         last, statement = done.nodes[-1], done.statement
         if statement.is_tuple:
             for node in done.nodes:
-                piece = node.args[0] if op_name(node.target) == "squeeze" else node
-                if isinstance(piece, fx.Node) and piece.target is operator.getitem and len(statement.targets) > int(piece.args[1]):  # type: ignore[arg-type]
-                    names.setdefault(node, statement.targets[int(piece.args[1])])  # type: ignore[arg-type]
+                index = _piece_index(node)
+                if index is not None and index < len(statement.targets):
+                    names.setdefault(node, statement.targets[index])
         elif statement.targets:
             names.setdefault(last, statement.targets[0])
         elif statement.returns:
-            leaf = _leaf(last.meta.get("owner", ""))
+            leaf = _leaf(last.meta.get("owner", "")) if done.function == "forward" else done.function.strip("<>")
             if leaf and stack:
                 names.setdefault(last, leaf)
+
+
+def _piece_index(node: fx.Node) -> int | None:
+    """Which piece of a tuple a value is; also where an unbind took the piece's dim away."""
+    piece = node.args[0] if op_name(node.target) == "squeeze" else node
+    if not isinstance(piece, fx.Node) or piece.target is not operator.getitem:
+        return None
+    index = piece.args[1]
+    return index if isinstance(index, int) else None
 
 
 def _leaf(path: str) -> str:

@@ -1,4 +1,6 @@
-"""Runs a canonical graph as it stands, with the marked biases fused again: what the tests compare with the user's model."""
+"""Runs a canonical graph as it stands, with the marked biases fused again: what the tests compare with the user's
+model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from autopar.trace import Traced, trace
 aten = torch.ops.aten
 
 
-def run_graph(traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any], fuse: bool = True) -> tuple[Any, Tensor | None]:
+def run_graph(
+    traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any], fuse: bool = True
+) -> tuple[Any, Tensor | None]:
     """The model's output and the loss, computed by the canonical graph on the tensors it shares with the model."""
     tensors = traced.flatten(args, kwargs)
     sizes = traced.size_values(tensors)
@@ -47,11 +51,15 @@ def _call(node: fx.Node, values: dict[fx.Node, Any], fuse: bool) -> Any:
 def _check_type(node: fx.Node, value: Any, sizes: Mapping[str, int]) -> None:
     """Every value has the dtype and shape that its node claims, and a gradient exactly if it is marked trainable."""
 
-    def number(size: Any) -> int:
-        return size if isinstance(size, int) else int(size.subs({symbol: sizes[str(symbol)] for symbol in size.free_symbols}))
+    def number(size: Any) -> float:
+        return (
+            size
+            if isinstance(size, int)
+            else float(size.subs({symbol: sizes[str(symbol)] for symbol in size.free_symbols}))
+        )
 
     if "size" in node.meta:
-        assert value == number(node.meta["size"]), node.format_node()
+        assert abs(value - number(node.meta["size"])) < 1e-9, node.format_node()
         return
     kinds = [node.meta["tensor"]] if "tensor" in node.meta else list(node.meta["tensors"])
     tensors = [value] if isinstance(value, Tensor) else [item for item in value if isinstance(item, Tensor)]
@@ -72,7 +80,8 @@ def check_equal(
     output_tolerance: float = 0.0,
     gradient_tolerance: float = 1e-6,
 ) -> Traced:
-    """Trace with the arguments, run the graph (on other arguments if `again`), and compare output, gradients and buffers."""
+    """Trace with the arguments, run the graph (on other arguments if `again`), and compare output, gradients and
+    buffers."""
     traced = trace(model, args, kwargs or {}, loss_fn=loss_fn)
     run_args, run_kwargs = again or (args, kwargs or {})
     twin = copy.deepcopy(model)

@@ -66,7 +66,14 @@ class GPT(nn.Module):
     """A byte-level GPT with a fused qkv; (loss, logits) when targets are given."""
 
     def __init__(
-        self, vocab: int = 64, dim: int = 32, heads: int = 4, layers: int = 2, context: int = 32, tied: bool = True, flash: bool = True
+        self,
+        vocab: int = 64,
+        dim: int = 32,
+        heads: int = 4,
+        layers: int = 2,
+        context: int = 32,
+        tied: bool = True,
+        flash: bool = True,
     ) -> None:
         super().__init__()
         self.wte = nn.Embedding(vocab, dim)
@@ -78,7 +85,7 @@ class GPT(nn.Module):
             self.head.weight = self.wte.weight
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
-        B, T = idx.shape
+        T = idx.shape[1]
         x = self.wte(idx) + self.wpe(torch.arange(T, device=idx.device))
         for block in self.h:
             x = block(x)
@@ -100,7 +107,14 @@ def tiny_llama(**changes: Any) -> nn.Module:
     """A Hugging Face Llama with grouped-query attention and random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
     return LlamaForCausalLM(LlamaConfig(**{**sizes, "bos_token_id": 1, "eos_token_id": 2, **changes}))
 
 

@@ -1,4 +1,6 @@
-"""The front end's promises: what a call's arguments are named, what stays symbolic, what is refused, and that nothing is changed."""
+"""The front end's promises: what a call's arguments are named, what stays symbolic, what is refused, and that nothing
+is changed.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,18 @@ B, T = size_symbol("B"), size_symbol("T")
 
 def line_of(source: str) -> int:
     """The number of the line of this file that ends with a marker comment."""
-    return next(i for i, line in enumerate(inspect.getsource(inspect.getmodule(line_of)).splitlines(), 1) if line.endswith(f"# {source}"))  # type: ignore[arg-type]
+    return next(
+        i
+        for i, line in enumerate(inspect.getsource(inspect.getmodule(line_of)).splitlines(), 1)
+        if line.endswith(f"# {source}")
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": False}, {"flash": False}])
 @pytest.mark.parametrize("again", [gpt_batch(4, 16), gpt_batch(3, 9), gpt_batch(1, 1)])
-def test_gpt_is_equal_to_the_bit_also_for_other_batches_and_lengths(options: dict[str, bool], again: dict[str, Tensor]) -> None:
+def test_gpt_is_equal_to_the_bit_also_for_other_batches_and_lengths(
+    options: dict[str, bool], again: dict[str, Tensor]
+) -> None:
     torch.manual_seed(0)
     traced = check_equal(GPT(**options), (), gpt_batch(), again=((), again))
     assert traced.sizes == {"B": 4, "T": 16}
@@ -53,7 +61,9 @@ def test_a_model_on_the_meta_device_gives_the_same_graph(build: Any) -> None:
         model = build()
     for tensors in (batch, {name: tensor.to("meta") for name, tensor in batch.items()}):
         ghost = trace(model, (), tensors)
-        assert [str(node.target) for node in ghost.graph_module.graph.nodes] == [str(node.target) for node in real.graph_module.graph.nodes]
+        assert [str(node.target) for node in ghost.graph_module.graph.nodes] == [
+            str(node.target) for node in real.graph_module.graph.nodes
+        ]
         assert ghost.sizes == real.sizes
         assert all(tensor.device.type == "meta" for tensor in ghost.state.values())
 
@@ -150,7 +160,10 @@ def test_the_users_model_is_left_as_it_was() -> None:
 
     model = Stateful()
     model.head.register_forward_hook(lambda module, args, output: output)
-    before = {name: (id(tensor), tensor.clone(), tensor.requires_grad) for name, tensor in model.state_dict(keep_vars=True).items()}
+    before = {
+        name: (id(tensor), tensor.clone(), tensor.requires_grad)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
     modes = [module.training for module in model.modules()]
     flat = list(model.lstm._flat_weights)
     hooks = dict(model.head._forward_hooks)
@@ -182,13 +195,16 @@ def test_tied_weights_are_one_node_under_the_first_name() -> None:
 
 
 class Nested(nn.Module):
-    """Nested inputs, a keyword-only tensor, values that are no tensors, and a dict with a loss and a constant for output."""
+    """Nested inputs, a keyword-only tensor, values that are no tensors, and a dict with a loss and a constant for
+    output."""
 
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right = nn.Linear(4, 8), nn.Linear(6, 8)
 
-    def forward(self, batch: dict[str, Any], *pair: Tensor, scale: float = 1.0, weight: Tensor, mode: str = "a") -> dict[str, Any]:
+    def forward(
+        self, batch: dict[str, Any], *pair: Tensor, scale: float = 1.0, weight: Tensor, mode: str = "a"
+    ) -> dict[str, Any]:
         a, b = self.left(batch["x"]), self.right(batch["more"]["y"])
         score = (a * b * weight + pair[0] - pair[1]).sum(-1) * scale
         return {"score": score, "pair": (a, b), "mode": mode, "loss": score.square().mean()}
@@ -305,7 +321,11 @@ def test_two_sequence_lengths_get_two_sizes() -> None:
             return scores.masked_fill(~mask[:, None], 0).sum()
 
     def call(rows: int, source: int, target: int) -> tuple[Tensor, ...]:
-        return torch.randint(16, (rows, source)), torch.randint(16, (rows, target)), torch.ones(rows, source, dtype=torch.bool)
+        return (
+            torch.randint(16, (rows, source)),
+            torch.randint(16, (rows, target)),
+            torch.ones(rows, source, dtype=torch.bool),
+        )
 
     traced = check_equal(Translator(), call(2, 6, 5), again=(call(3, 4, 7), {}))
     assert traced.sizes == {"B": 2, "T": 6, "S1": 5}

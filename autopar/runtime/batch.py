@@ -83,15 +83,12 @@ class BatchTypes:
                     )
         numbers = {size_symbol(name): size for name, (size, _) in sizes.items()}
         for name, value in self._types.items():
-            for dim, wanted in enumerate(value.shape):
-                if (
-                    not isinstance(wanted, int)
-                    and not wanted.is_Symbol
-                    and wanted.subs(numbers) != batch[name].shape[dim]
-                ):
+            for dim, (size, wanted) in enumerate(zip(batch[name].shape, value.shape, strict=True)):
+                if not isinstance(wanted, int) and wanted.subs(numbers) != size:
+                    bound_sizes = ", ".join(f"{bound}={number}" for bound, (number, _) in sizes.items())
                     raise BadArgument(
-                        f"Dim {dim} of the input {name!r} is {batch[name].shape[dim]}, "
-                        f"but the plan is for {self.texts[name]} with {', '.join(f'{key}={number}' for key, number in numbers.items())}."
+                        f"Dim {dim} of the input {name!r} is {size}, but the plan is for {self.texts[name]}.",
+                        why=bound_sizes or f"nothing gives the size {wanted}",
                     )
         plain = {name: size for name, (size, _) in sizes.items()}
         count = self.num_microbatches
@@ -128,7 +125,9 @@ class BatchTypes:
 
 
 class Arguments:
-    """The keyword arguments of a stage's forward for each microbatch: its inputs, the sizes, and the shares of the loss."""
+    """The keyword arguments of a stage's forward for each microbatch: its inputs, the sizes, and the shares of the
+    loss.
+    """
 
     def __init__(self, program: Program, forward: Callable[..., Any], types: BatchTypes, device: torch.device) -> None:
         names = _keyword_names(forward)
@@ -159,7 +158,9 @@ class Arguments:
 
     @torch.no_grad()
     def _shares(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> list[list[torch.Tensor]]:
-        """Per microbatch and loss term: its part of the whole batch's loss. Weights that are all 0 give nan, as a mean over nothing."""
+        """Per microbatch and loss term: its part of the whole batch's loss. Weights that are all 0 give nan, as a mean
+        over nothing.
+        """
         weights: list[tuple[Any, ...]] = [(rows,) for rows in layout.rows]
         if self._weights is not None:
             inputs = self._types.split(batch, layout, self._weight_inputs)

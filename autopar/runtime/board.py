@@ -169,7 +169,7 @@ class Board:
     def culprit(
         self, suspects: Sequence[int], members: Callable[[int, int], Sequence[int]], *, grace_seconds: float
     ) -> Culprit:
-        """Who is to blame for the loss of contact with `suspects`. `members(axis, rank)` are the ranks of a collective."""
+        """Who is to blame for losing contact with `suspects`. `members(axis, rank)` are the ranks of a collective."""
         deadline = time.monotonic() + grace_seconds
         while True:
             found = self._seen() or self._noted()

@@ -52,14 +52,18 @@ class Ring:
 
 @dataclass(frozen=True)
 class Rings:
-    """For one step: `received[m][i]` is the ring of the i-th received value of microbatch m, `gradients[m][i]` of the i-th sent one's."""
+    """For one step: `received[m][i]` is the ring of the i-th received value of microbatch m, `gradients[m][i]` of the
+    i-th sent one's.
+    """
 
     received: list[list[Ring]]
     gradients: list[list[Ring]]
 
 
 class RingTable:
-    """The rings of a stage, by the sizes of a step's microbatches. Those of the last two are kept: training and evaluation take turns."""
+    """The rings of a stage, by the sizes of a step's microbatches. Those of the last two are kept: training and
+    evaluation take turns.
+    """
 
     def __init__(
         self, received: Sequence[str], sent: Sequence[str], mesh: Mapping[str, int], device: torch.device, *, depth: int

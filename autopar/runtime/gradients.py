@@ -84,7 +84,7 @@ class GradientSums:
         works += [(world.send(mine, stage, tag), stage) for stage in others]
         for work, stage in works:
             world.wait(work, stage)
-        # microbatch after microbatch onto what was there; a partial gradient's earlier part must wait for the sum over tp
+        # one microbatch after the other onto what was there, unless that has still to wait for the sum over tp
         total = None if name in self._partial else self._earlier.pop(name, None)
         for microbatch in range(mine.shape[0]):
             gradient = parts[stages[0]][microbatch]

@@ -66,16 +66,14 @@ class _Flight:
         self.arguments: list[torch.Tensor | None] = [None] * num_receives
         self.outputs: tuple[torch.Tensor, ...] = ()
         self.roots: list[tuple[int, GradientEdge]] = []
-        self.losses: list[GradientEdge] = []
+        self.losses: list[tuple[GradientEdge, torch.Tensor]] = []
         self.gradients: dict[int, list[torch.Tensor]] = {}
         self.input_gradients: list[torch.Tensor | None] = []
 
 
 @dataclass(frozen=True)
 class _Transfer:
-    """What a transfer instruction is on this rank: `values` are places in RECEIVES or SENDS, in the order they are
-    sent.
-    """
+    """A transfer instruction on this rank. `values` are places in RECEIVES or SENDS, in the order they are sent."""
 
     text: bytes
     microbatch: int
@@ -136,10 +134,9 @@ class Worker:
         self._num_sends = len(self._sends)
         self._loss = self._num_sends + self._outputs.index(LOSS) if LOSS in self._outputs else -1
         self._arguments = Arguments(program, self.stage.forward, self._batch_types, world.device)
-        grad = [value.gradient and _is_float(value.type, world) for value in self._receives]
-        self._receives_gradient = grad
+        self._receives_gradient = [value.gradient and _is_float(value.type, world) for value in self._receives]
         self._sends_gradient = [value.gradient and _is_float(value.type, world) for value in self._sends]
-        self._one = torch.ones((), device=world.device)
+        self._gradient_places = self._places_of_gradients()
         self._ring_table = RingTable(
             [value.type for value in self._receives], [value.type for value in self._sends], world.mesh, world.device,
             depth=self.num_microbatches + _RING_SLACK,
@@ -158,6 +155,16 @@ class Worker:
         self._forward_actions = self._compile(self._forward_schedule())
 
     # ---- what can be looked up once --------------------------------------------------------------------------------
+
+    def _places_of_gradients(self) -> list[list[tuple[int, int]]]:
+        """Per value of SENDS: the stages that send a gradient for it, last first, and its place in what they send."""
+        targets = sorted({stage for value in self._sends for stage in value.to}, reverse=True)
+        places: list[list[tuple[int, int]]] = [[] for _ in self._sends]
+        for stage in targets:
+            with_gradient = [i for i, value in enumerate(self._sends) if stage in value.to and self._sends_gradient[i]]
+            for place, index in enumerate(with_gradient):
+                places[index].append((stage, place))
+        return places
 
     def _forward_schedule(self) -> list[Instruction]:
         sources = sorted({value.source for value in self._receives})
@@ -299,7 +306,7 @@ class Worker:
         self._finish_sends()
         self.world.rest()
 
-    # ---- the instructions -------------------------------------------------------------------------------------------
+    # ---- the instructions ----------------------------------------------------------------------------------------
 
     def _flight(self, microbatch: int) -> _Flight:
         flight = self._flights[microbatch]
@@ -328,7 +335,7 @@ class Worker:
             loss = outputs[self._loss]
             self._step_losses.append(loss.detach())
             if loss.requires_grad:
-                flight.losses.append(get_gradient_edge(loss))
+                flight.losses.append((get_gradient_edge(loss), torch.ones_like(loss)))
         flight.outputs = outputs[: self._num_sends]
 
     def _forward_only(self, microbatch: int) -> None:
@@ -340,37 +347,32 @@ class Worker:
 
     def _backward(self, microbatch: int) -> None:
         flight = self._flight(microbatch)
-        edges = [edge for _, edge in flight.roots] + flight.losses
+        roots, flight.roots = flight.roots, []
+        losses, flight.losses = flight.losses, []
         received, flight.gradients = flight.gradients, {}
-        gradients: list[torch.Tensor | None] = [self._gradient_of(index, received) for index, _ in flight.roots]
-        gradients += [self._one] * len(flight.losses)
-        known = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        flight.roots, flight.losses, flight.outputs = [], [], ()
-        if known:
-            torch.autograd.backward([edges[index] for index in known], [gradients[index] for index in known])
+        edges, gradients = [edge for edge, _ in losses], [one for _, one in losses]
+        for index, edge in roots:
+            gradient = self._gradient_of(index, received)
+            if gradient is not None:
+                edges.append(edge)
+                gradients.append(gradient)
+        del received, roots, losses
+        if edges:
+            torch.autograd.backward(edges, gradients)
+        del edges, gradients
         self._sums.after_backward(microbatch)
         arguments, flight.arguments = flight.arguments, []
-        flight.input_gradients = []
-        for index, argument in enumerate(arguments):
-            gradient = None
-            if self._receives_gradient[index]:
-                assert argument is not None
-                gradient = torch.zeros_like(argument) if argument.grad is None else argument.grad
-            flight.input_gradients.append(gradient)
+        for wanted, argument in zip(self._receives_gradient, arguments, strict=True):
+            assert argument is not None
+            unused = wanted and argument.grad is None
+            flight.input_gradients.append(torch.zeros_like(argument) if unused else argument.grad)
 
     def _gradient_of(self, index: int, received: dict[int, list[torch.Tensor]]) -> torch.Tensor | None:
-        """The gradient of one of SENDS: the sum over the stages it went to, from the last to the first, in autograd's
-        order.
-        """
+        """The gradient of one of SENDS: the sum over the stages it went to, from the last to the first."""
         total: torch.Tensor | None = None
-        for stage in sorted(self._sends[index].to, reverse=True):
+        for stage, place in self._gradient_places[index]:
             if stage in received:
-                values = [
-                    place
-                    for place, value in enumerate(self._sends)
-                    if stage in value.to and self._sends_gradient[place]
-                ]
-                gradient = received[stage][values.index(index)]
+                gradient = received[stage][place]
                 total = gradient if total is None else total + gradient
         return total
 
@@ -412,16 +414,14 @@ class Worker:
             self.world.wait(work, transfer.stage)
         self._pending.clear()
 
-    # ---- the end of a step --------------------------------------------------------------------------------------------
+    # ---- the end of a step ---------------------------------------------------------------------------------------
 
     def _sum_gradients(self, _: None) -> None:
         self._finish_sends()
         self._sums.finish()
 
     def _whole_loss(self) -> torch.Tensor:
-        """The sum of the microbatches' shares, from the stage that has the loss to all. 8 bytes of value and its
-        dtype's number.
-        """
+        """The sum of the microbatches' shares, from the stage that has the loss to all: its value and its dtype."""
         axis = self.world.axis(PIPELINE_AXIS)
         losses, self._step_losses = self._step_losses, []
         message = torch.zeros(2, dtype=torch.float64, device=self.world.device)
@@ -456,7 +456,8 @@ class Worker:
         if all(torch.equal(piece, pieces[0]) for piece in pieces[1:]):
             return pieces[0]
         raise BadArgument(
-            f"The output {name!r} ({self.stage.OUTPUTS[name]}) has no rows: it cannot be put together from {len(pieces)} microbatches.",
+            f"The output {name!r} cannot be put together from {len(pieces)} microbatches.",
+            why=f"{self.stage.OUTPUTS[name]} has no rows",
             use="microbatches=1",
         )
 

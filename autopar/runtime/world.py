@@ -90,7 +90,7 @@ class World:
             group = self._group(dist.PrefixStore(f"{name}/{ranks[0]}", store), self.coords[name], len(ranks))
             kind = GroupAxis if nccl else GlooAxis
             self._axes[name] = kind(name, self.coords[name], ranks, group, board, index)
-        # Transfers between stages. gloo matches by tag, so both directions share the axis's connections; NCCL matches by
+        # Transfers between stages. gloo matches by tag: both directions share the axis's connections. NCCL matches by
         # order alone, so each direction has a group of its own.
         self._down: dist.ProcessGroup | None = None
         self._up: dist.ProcessGroup | None = None
@@ -210,17 +210,18 @@ class World:
 
     def send(self, tensor: torch.Tensor, stage: int, tag: int) -> dist.Work:
         """Start sending a contiguous tensor to the rank of `stage` that has this rank's other coords."""
-        group = self._down if stage > self.stage else self._up
-        if group is None:
-            raise TransferFailed("the connections to the other stages are closed", (self.stage_ranks[stage],))
-        return group.send([tensor], stage, tag)
+        return self._start("send", self._down if stage > self.stage else self._up, tensor, stage, tag)
 
     def recv(self, tensor: torch.Tensor, stage: int, tag: int) -> dist.Work:
         """Start receiving into `tensor`."""
-        group = self._down if stage < self.stage else self._up
-        if group is None:
-            raise TransferFailed("the connections to the other stages are closed", (self.stage_ranks[stage],))
-        return group.recv([tensor], stage, tag)
+        return self._start("recv", self._down if stage < self.stage else self._up, tensor, stage, tag)
+
+    def _start(self, what: str, group: Any, tensor: torch.Tensor, stage: int, tag: int) -> dist.Work:
+        try:
+            return getattr(group, what)([tensor], stage, tag)
+        except (RuntimeError, AttributeError) as error:  # the peer is gone already; or this world is closed
+            reason = "the connections are closed" if group is None else str(error)
+            raise TransferFailed(reason, (self.stage_ranks[stage],)) from None
 
     def wait(self, work: dist.Work, stage: int) -> None:
         """Wait for a transfer with `stage`. TransferFailed if that rank is gone or late."""
@@ -245,7 +246,8 @@ class World:
         """Contact with the suspects is lost: find out who is to blame, let go of the connections, return the error to
         raise.
         """
-        waiting = self.board.showing()
+        waiting = self.board.showing() or "its start"
+        missed = ", ".join(self.name_of(rank) for rank in suspects)
         culprit = self.board.culprit(suspects, self._members, grace_seconds=_GRACE_SECONDS)
         self.board.leave(BYSTANDER)
         self._let_go()
@@ -254,7 +256,7 @@ class World:
         ]  # gloo's file and line, and advice
         return RankFailed(
             f"{self.name_of(culprit.rank)} {culprit.what}",
-            where=f"{self}, in {waiting or 'its start'}, waiting for {', '.join(self.name_of(rank) for rank in suspects)}",
+            where=f"{self}, in {waiting}, waiting for {missed}",
             why=reason or None,
         )
 

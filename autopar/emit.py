@@ -1,0 +1,293 @@
+"""The emitter: from a stage's graph to the program text that a person can read and a rank runs.
+
+It decides nothing. Straight-line code, one statement an op; a blank line and the module path, file, line and source where the user's
+line changes; every value's type in one column. The same plan gives the same bytes, and ranks that share a stage share the text but
+for the title and COORDS.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from autopar.printers import PRINTERS, RANDOM
+from passes.instructions import Instruction
+from passes.ir import is_state, origin, size_expr, tensor_type
+from passes.localize import sharding
+from passes.placement import Shard, type_text
+from passes.serialize import target_name
+
+if TYPE_CHECKING:
+    from autopar.plan import Plan, StagePlan
+
+TYPE_COLUMN = 92
+_INFIX = {operator.mul: "*", operator.add: "+", operator.sub: "-", operator.floordiv: "//", operator.mod: "%", operator.truediv: "/"}
+
+
+def _size_text(node: fx.Node, outer: bool = False) -> str:
+    """A size as an expression over the size arguments."""
+    if node.op == "placeholder":
+        return node.name
+    if node.target is int:
+        return str(node.args[0])
+    parts = [_size_text(arg, outer=True) if isinstance(arg, fx.Node) else repr(arg) for arg in node.args]
+    symbol = _INFIX.get(node.target)  # type: ignore[arg-type]
+    if symbol is None or len(parts) != 2:
+        return f"{target_name(node.target)}({', '.join(parts)})"
+    text = f" {symbol} ".join(parts)
+    return f"({text})" if outer else text
+
+
+class _Body:
+    """The statements of one graph."""
+
+    def __init__(self, axes: Sequence[str], in_stage: bool) -> None:
+        self.axes, self.in_stage = axes, in_stage
+        self.functions: set[str] = set()
+        self.lines: list[str] = []
+        self.last_origin: str | None = None
+
+    def argument(self, arg: Any, inside: bool = False) -> str:
+        if isinstance(arg, fx.Node):
+            if size_expr(arg) is not None:
+                return _size_text(arg, outer=not inside)
+            if is_state(arg):
+                return f'p("{arg.target}")'
+            return arg.name
+        if isinstance(arg, (list, tuple)):
+            return "[" + ", ".join(self.argument(item, inside=True) for item in arg) + "]"
+        if isinstance(arg, torch.device):
+            return "self.device" if self.in_stage else "device"
+        if isinstance(arg, torch.dtype):
+            return f"torch.{str(arg).removeprefix('torch.')}"
+        if isinstance(arg, float) and (arg != arg or abs(arg) == float("inf")):
+            return f'float("{arg}")'
+        if isinstance(arg, str) and arg in self.axes:
+            return f"self.{arg}"
+        return repr(arg)
+
+    def expression(self, node: fx.Node) -> str:
+        args = [self.argument(arg) for arg in node.args]
+        kwargs = {
+            key: self.argument(value)
+            for key, value in node.kwargs.items()
+            if value is not None and not (key == "pin_memory" and value is False) and not (key == "layout" and value == torch.strided)
+        }
+        if isinstance(node.target, torch._ops.OpOverload):
+            printer = PRINTERS.get(node.target)
+            if printer is None:
+                return f"{_op_text(node.target)}({', '.join([*args, *(f'{k}={v}' for k, v in kwargs.items())])})"
+            if node.target in RANDOM:
+                kwargs["sharded"] = str(any(isinstance(p, Shard) for p in sharding(node).values()))
+            text = printer(*args, **kwargs)
+            for name in ("dropout", "attention_with_dropout"):
+                if text.startswith(f"{name}("):
+                    self.functions.add(name)
+            return text
+        name = target_name(node.target).partition(".")[2]
+        self.functions.add(name)
+        return f"{name}({', '.join([*args, *(f'{k}={v}' for k, v in kwargs.items())])})"
+
+    def statement(self, node: fx.Node) -> None:
+        if size_expr(node) is not None or node.target is operator.getitem or is_state(node):
+            return
+        where = str(origin(node))
+        if where != self.last_origin and where:
+            self.lines += ["", f"# {where}"] if self.lines else [f"# {where}"]
+            self.last_origin = where
+        names = node.name
+        kinds = [node]
+        if tensor_type(node) is None:
+            parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+            count = max((k for k in parts if isinstance(k, int)), default=-1) + 1
+            total = max(count, len(node.meta.get("tensors", ())) or _num_results(node))
+            names = ", ".join(parts[k].name if k in parts else "_" for k in range(total))
+            kinds = [parts[k] for k in sorted(k for k in parts if isinstance(k, int))]
+            names += "," if total == 1 else ""
+        types = list(dict.fromkeys(self.type_of(kind) for kind in kinds))
+        self.lines.append(_with_comment(f"{names} = {self.expression(node)}", "; ".join(types) + _remark(node)))
+
+    @staticmethod
+    def type_of(node: fx.Node) -> str:
+        kind = tensor_type(node)
+        return type_text(kind, sharding(node)) if kind is not None else ""
+
+
+def _num_results(node: fx.Node) -> int:
+    sizes = node.args[1] if len(node.args) > 1 else ()
+    return len(sizes) if isinstance(sizes, (list, tuple)) else 0
+
+
+def _remark(node: fx.Node) -> str:
+    name = getattr(node.target, "__name__", "")
+    partial = node.kwargs.get("partial_gradient")
+    if name == "copy_to":
+        return "; its gradient is all-reduced"
+    if name == "all_reduce":
+        return "; its gradient is all-reduced too" if partial else ""
+    if name == "own_gradient":
+        return "; rank 0's gradient counts"
+    return ""
+
+
+def _with_comment(statement: str, comment: str) -> str:
+    if not comment:
+        return statement
+    return f"{statement:<{TYPE_COLUMN}}  # {comment}"
+
+
+def _op_text(op: Any) -> str:
+    name = str(op)
+    return name if name.startswith("aten.") else f"torch.ops.{name}"
+
+
+def _dict_lines(name: str, values: Mapping[str, str], indent: str = "    ") -> list[str]:
+    if not values:
+        return []
+    one = f"{indent}{name} = {{{', '.join(f'{key!r}: {value}' for key, value in values.items())}}}".replace("'", '"')
+    if len(one) <= 110:
+        return [one]
+    return [f"{indent}{name} = {{", *(f'{indent}    "{key}": {value},' for key, value in values.items()), f"{indent}}}"]
+
+
+def _quoted(values: Mapping[str, str]) -> dict[str, str]:
+    return {key: f'"{value}"' for key, value in values.items()}
+
+
+def emit_stage(stage: StagePlan, plan: Plan) -> tuple[str, set[str]]:
+    """The class of a stage, and the runtime functions it calls."""
+    graph = stage.graph_module.graph
+    body = _Body(tuple(plan.mesh), in_stage=True)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    received = [node.name for node in placeholders if "received" in node.meta]
+    keywords = [node.name for node in placeholders if "received" not in node.meta]
+    for node in graph.nodes:
+        if node.op == "call_function":
+            body.statement(node)
+    output = next(node for node in graph.nodes if node.op == "output")
+    results = output.args[0] if isinstance(output.args[0], (list, tuple)) else (output.args[0],)
+    returned = [body.argument(value) for value in results]
+    lines = [f"class Stage{stage.index}(StageModule):"]
+    declarations = [
+        _dict_lines("PARAMS", _quoted(stage.parameters)),
+        _dict_lines("BUFFERS", _quoted(stage.buffers)),
+        _dict_lines("INPUTS", _quoted(stage.inputs)),
+        _dict_lines("RECEIVES", {
+            name: f'Receive(source={value.source}, type="{value.type}"{"" if value.gradient else ", gradient=False"})'
+            for name, value in stage.receives.items()
+        }),
+        _dict_lines("SENDS", {
+            name: f'Send(to={value.to!r}, type="{value.type}"{"" if value.gradient else ", gradient=False"})' for name, value in stage.sends.items()
+        }),
+        _dict_lines("OUTPUTS", _quoted(stage.outputs)),
+        [f"    PARTIAL_GRADIENTS = {_tuple_text(stage.partial_gradients)}"] if stage.partial_gradients else [],
+        _dict_lines("TIED", {name: repr(stages) for name, stages in stage.tied.items()}),
+        [f"    TIED_EXACT = {plan.tied_exact}"] if stage.tied and not plan.tied_exact else [],
+    ]  # fmt: skip
+    for declaration in declarations:
+        lines += declaration
+    arguments = ["self", *received] + (["*", *keywords] if keywords else [])
+    lines += ["", f"    def forward({', '.join(arguments)}):"]
+    lines += ["        p = self.p"] if stage.parameters or stage.buffers else []
+    for name in received:
+        lines.append("        " + _with_comment(f"# {name}: from stage {stage.receives[name].source}", stage.receives[name].type).strip())
+    lines += [("        " + line) if line else "" for line in body.lines]
+    lines.append(f"        return {_returned(returned)}")
+    return "\n".join(lines), body.functions
+
+
+def _returned(values: Sequence[str]) -> str:
+    return "()" if not values else f"({values[0]},)" if len(values) == 1 else ", ".join(values)
+
+
+def _tuple_text(values: Sequence[str]) -> str:
+    return "(" + ", ".join(f'"{value}"' for value in values) + ("," if len(values) == 1 else "") + ")"
+
+
+def emit_loss_weights(plan: Plan) -> tuple[str, set[str]]:
+    """The function that weighs the loss terms of a microbatch."""
+    module = plan.loss_weights
+    if module is None:
+        return "", set()
+    body = _Body((), in_stage=False)
+    names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            body.statement(node)
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    returned = [body.argument(value, inside=True) for value in output.args[0]]  # type: ignore[union-attr]
+    lines = [
+        f"def loss_weights({'*, ' + ', '.join(names) if names else ''}):",
+        '    """What each loss term of a microbatch counts in the batch\'s loss."""',
+        *(("    " + line) if line else "" for line in body.lines),
+        f"    return {_returned(returned)}",
+    ]
+    return "\n".join(lines), body.functions
+
+
+_INSTRUCTION_WIDTH = 110
+
+
+def _schedule_text(instructions: Sequence[Instruction]) -> str:
+    lines, line = ["SCHEDULE = ["], "   "
+    for instruction in instructions:
+        text = f" {instruction!r},"
+        if len(line) + len(text) > _INSTRUCTION_WIDTH:
+            lines.append(line)
+            line = "   "
+        line += text
+    return "\n".join([*lines, line, "]"])
+
+
+def emit_program(plan: Plan, rank: int) -> str:
+    """The program of a rank: what `plan.source(rank)` returns."""
+    coords = plan.coords(rank)
+    stage = plan.stages[coords["pp"]]
+    class_text, functions = emit_stage(stage, plan)
+    shares = any("loss_share" in node.meta for node in stage.graph_module.graph.nodes)
+    weights_text, more = emit_loss_weights(plan) if shares else ("", set())
+    schedule = plan.instructions[coords["pp"]]
+    imports = sorted(
+        functions | more | {type(instruction).__name__ for instruction in schedule} | {"StageModule"}
+        | ({"Receive"} if stage.receives else set()) | ({"Send"} if stage.sends else set())
+    )  # fmt: skip
+    shard = f", tensor shard {coords['tp']} of {plan.mesh['tp']}" if plan.mesh.get("tp", 1) > 1 else ""
+    text = "\n".join((class_text, weights_text))
+    parts = [
+        f'"""Rank {rank} of {plan.num_ranks}: pipeline stage {coords["pp"]} of {plan.mesh["pp"]}{shard}. '
+        f'Emitted by autopar from {plan.model} (plan {plan.identity}).\n"""',
+        "\n".join(
+            [
+                *(["import torch"] if "torch." in text else []),
+                *(["import torch.nn.functional as F"] if " F." in text or "(F." in text else []),
+                "",
+                *_import_lines(imports),
+                *(["", "aten = torch.ops.aten"] if "aten." in text else []),
+            ]
+        ).strip("\n"),
+        f"MESH = {_json_dict(plan.mesh)}\nCOORDS = {_json_dict(coords)}\nBATCH = {_json_dict(plan.inputs)}",
+        class_text,
+    ]
+    body = parts[0] + "\n" + parts[1] + "\n\n" + parts[2] + "\n\n\n" + parts[3] + "\n"
+    if weights_text:
+        body += "\n\n" + weights_text + "\n"
+    body += "\n\n" + _schedule_text(schedule) + "\n"
+    if "aten." in text and "import torch\n" not in body:
+        body = body.replace("\nimport torch.nn.functional as F", "\nimport torch\nimport torch.nn.functional as F", 1)
+    return body
+
+
+def _import_lines(names: Sequence[str]) -> list[str]:
+    one = f"from autopar.program import {', '.join(names)}"
+    if len(one) <= 110:
+        return [one]
+    return ["from autopar.program import (", *(f"    {name}," for name in names), ")"]
+
+
+def _json_dict(values: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f'"{k}": ' + (f'"{v}"' if isinstance(v, str) else repr(v)) for k, v in values.items()) + "}"
+

@@ -1,0 +1,272 @@
+"""From a traced model to a Plan: the passes in order, and the predictions.
+
+trace -> loss -> shard -> localize -> cut -> stages -> order -> Plan. Every choice made here is recorded in the Plan; the emitter and
+the runtime only read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.plan import Plan, Prediction, StagePlan, stage_records
+from autopar.program import Receive, Send
+from autopar.trace import Traced
+from costmodel.errors import BadArgument, DoesNotFit
+from costmodel.hardware import Hardware
+from costmodel.memory import optimizer_seconds
+from passes.costs import Pricing
+from passes.cut import CutPlan, cut
+from passes.ir import TensorType, is_state, is_trainable, origin, tensor_inputs, tensor_type
+from passes.localize import localize, sharding
+from passes.loss import weigh_loss
+from passes.names import readable_names
+from passes.order import order
+from passes.overrides import Overrides
+from passes.placement import Copied, Partial, Shard, local_type, notation, parse_notation, type_text
+from passes.rules import call_of
+from passes.schedules import schedule as schedule_named
+from passes.serialize import graph_to_json
+from passes.shard import ShardPlan, is_call, shard
+from passes.stages import StageGraph, held_in_stages, split_stages, stage_edges
+from passes.timeline import simulate
+
+TIED_EXACT_BYTES = 256 * 2**20  # keep tied gradients per microbatch (bitwise equal sums) up to this much memory a stage
+
+
+def fingerprint(traced: Traced) -> str:
+    """Digest of the names, shapes and dtypes of a model's state."""
+    text = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in sorted(traced.state.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def choose_microbatches(rows: int, num_stages: int) -> int:
+    """Four microbatches a stage where there are rows enough: a bubble of at most a fifth. One if there is no pipeline."""
+    return 1 if num_stages == 1 else max(1, min(rows, 4 * num_stages))
+
+
+def make_plan(
+    traced: Traced, *, mesh: Mapping[str, int], microbatches: int | None, schedule: str, hardware: Hardware, model_name: str,
+    overrides: Overrides | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for a mesh. BadArgument, TooManyStages or NoLegalSharding where it cannot be."""
+    pp, tp = mesh["pp"], mesh["tp"]
+    rows = traced.sizes.get("B", 1)
+    count = microbatches if microbatches is not None else choose_microbatches(rows, pp)
+    if count > rows:
+        raise BadArgument(f"{count} microbatches were asked for, and the batch has {rows} rows", use=f"microbatches <= {rows}, or a larger batch")
+    row = schedule_named(schedule)
+    overrides = overrides or Overrides()
+    sizes = {**traced.sizes, "B": -(-rows // count)}
+    pricing = Pricing(hardware, sizes)
+    weighted = weigh_loss(traced.graph_module, traced.loss)
+    graph = weighted.module.graph
+    loss = next((node for node in graph.nodes if node.meta.get("loss")), None)
+    overrides.check(graph, mesh)
+    sharded = shard(
+        weighted.module, axis="tp", axis_size=tp, pricing=pricing, microbatches=count, in_flight=row.max_in_flight(0, pp, count),
+        loss=loss, pins=overrides.pins(mesh),
+    )  # fmt: skip
+    local = localize(weighted.module, sharded)
+    rename(local)
+    loss = next((node for node in local.graph.nodes if node.meta.get("loss") and node.op == "call_function"), None)
+    cuts = cut(
+        local, pp, pricing=pricing, axis_sizes=mesh, in_flight=lambda stage, stages: row.max_in_flight(stage, stages, count), forced=overrides.cuts
+    )
+    outputs = _outputs(local)
+    stages = split_stages(local, cuts.stage_of, pp, outputs, loss)
+    edges, gradient_edges = stage_edges(stages)
+    instructions = order(row, pp, count, edges, gradient_edges=gradient_edges)
+    names = output_names(outputs, loss)
+    held = held_in_stages(stages)
+    if weighted.weights is not None:
+        rename(weighted.weights)
+    inputs = {name: type_text(value.type, {}) for name, value in traced.inputs.items()}
+    plans = tuple(_stage_plan(stage, cuts, sharded, mesh, names, held, inputs) for stage in stages)
+    parameter_notation = {
+        str(node.target): notation(kind.shape, _state_sharding(node))
+        for node in local.graph.nodes
+        if is_state(node) and node.meta.get("kind") == "parameter" and (kind := tensor_type(node)) is not None
+    }
+    tied_bytes = max((sum(_local_bytes(name, stage, mesh) for name in stage.tied) for stage in plans), default=0) * count
+    exact = tied_bytes <= TIED_EXACT_BYTES
+    timeline = simulate(
+        instructions,
+        forward_seconds=[stage.cost.forward_seconds for stage in plans],
+        backward_seconds=[stage.cost.backward_seconds for stage in plans],
+        send_seconds=lambda source, target: plans[min(source, target)].cost.send_seconds / 2,
+    )
+    update = max(float(optimizer_seconds(stage.cost.parameter_count, hardware)) for stage in plans)
+    predicted = _predict(plans, timeline.step_seconds + update, timeline.bubble_fraction, count, weighted.module, pricing, hardware, mesh)
+    return Plan(
+        model=model_name, fingerprint=fingerprint(traced),
+        num_parameters=sum(t.numel() for name, t in traced.state.items() if isinstance(t, torch.nn.Parameter)),
+        mesh=dict(mesh), microbatches=count, schedule=row.name, hardware=hardware.name, sizes=dict(traced.sizes), inputs=inputs,
+        stages=plans, instructions=instructions, parameter_notation=parameter_notation,
+        aliases={alias: name for name, others in traced.aliases.items() for alias in others},
+        collectives=_collectives(local), predicted=predicted,
+        notes=tuple(_notes(cuts, sharded, plans, weighted.notes, exact, tied_bytes, hardware)),
+        tied_exact=exact, gradient_edges=tuple(gradient_edges),
+        loss_weight_records=graph_to_json(weighted.weights.graph) if weighted.weights is not None else None,
+    )  # fmt: skip
+
+
+def rename(module: fx.GraphModule) -> None:
+    """Give every node its readable name."""
+    names = readable_names(module.graph)
+    for node in list(names):
+        node._rename(f"_renaming_{id(node)}")
+    for node, name in names.items():
+        node.name = name
+        module.graph._graph_namespace._used_names.setdefault(name, 0)
+    module.recompile()
+
+
+def _outputs(module: fx.GraphModule) -> list[fx.Node | None]:
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    values = output.args[0] if isinstance(output.args[0], (list, tuple)) else (output.args[0],)
+    return [value if isinstance(value, fx.Node) and tensor_type(value) is not None else None for value in values]
+
+
+def output_names(outputs: Sequence[fx.Node | None], loss: fx.Node | None) -> dict[int, str]:
+    """The name of each output of the model in programs: "loss" for the loss, else the value's own."""
+    return {k: "loss" if node is loss else node.name for k, node in enumerate(outputs) if node is not None}
+
+
+def _state_sharding(node: fx.Node) -> dict[str, Any]:
+    return {axis: p for axis, p in sharding(node).items() if isinstance(p, Shard)}
+
+
+def _stage_plan(
+    stage: StageGraph, cuts: CutPlan, sharded: ShardPlan, mesh: Mapping[str, int], names: Mapping[int, str],
+    held: Mapping[str, tuple[int, ...]], inputs: Mapping[str, str],
+) -> StagePlan:  # fmt: skip
+    graph = stage.module.graph
+    state = [node for node in graph.nodes if is_state(node)]
+
+    def text(node: fx.Node) -> str:
+        kind = tensor_type(node)
+        assert kind is not None
+        return type_text(kind, sharding(node))
+
+    def placed(node: fx.Node) -> str:
+        kind = tensor_type(node)
+        assert kind is not None
+        return notation(kind.shape, _state_sharding(node))
+
+    parameters = {str(n.target): placed(n) for n in state if n.meta.get("kind") == "parameter"}
+    trained = {str(n.target) for n in state if is_trainable(n)}
+    owed = [str(n.target) for n in state if isinstance(sharding(n).get(sharded.axis), Copied) and is_trainable(n)]
+    by_name = {node.name: node for node in graph.nodes}
+    paths = [origin(n).path for n, s in cuts.stage_of.items() if s == stage.index and origin(n).path]
+    return StagePlan(
+        index=stage.index,
+        receives={c.name: Receive(c.source, text(c.node), c.gradient) for c in stage.receives},
+        sends={c.name: Send(c.to, text(c.node), c.gradient) for c in stage.sends},
+        outputs={names[leaf]: text(by_name[name]) for leaf, name in stage.outputs},
+        inputs={n.name: inputs[n.name] for n in graph.nodes if n.op == "placeholder" and n.name in inputs and "received" not in n.meta},
+        parameters=parameters,
+        buffers={str(n.target): placed(n) for n in state if n.meta.get("kind") != "parameter"},
+        partial_gradients=tuple(owed),
+        tied={name: held[name] for name in parameters if len(held[name]) > 1 and name in trained},
+        cost=cuts.costs[stage.index],
+        layers=_layers(paths),
+        axis_sizes=dict(mesh),
+        records=stage_records(stage.module),
+    )
+
+
+def _layers(paths: Sequence[str]) -> str:
+    """The modules of a stage in a few words: the first and the last, cut where they still tell the layer."""
+    if not paths:
+        return ""
+
+    def short(path: str) -> str:
+        parts = path.split(".")
+        numbered = [k for k, part in enumerate(parts) if part.isdigit()]
+        return ".".join(parts[: numbered[0] + 1] if numbered else parts)
+
+    first, last = short(paths[0]), short(paths[-1])
+    return first if first == last else f"{first} .. {last}"
+
+
+def _local_bytes(name: str, stage: StagePlan, mesh: Mapping[str, int]) -> int:
+    """Bytes of a rank's f32 gradient of a parameter."""
+    shape, placements = parse_notation(stage.parameters[name], tuple(mesh))
+    local = local_type(TensorType(torch.float32, shape), placements, mesh)
+    return 4 * math.prod(int(size) for size in local.shape)
+
+
+def _collectives(module: fx.GraphModule) -> dict[str, str]:
+    """Per parameter: the collective that its first use leads to (forward), for the printed plan."""
+    found: dict[str, str] = {}
+    for node in module.graph.nodes:
+        if is_state(node) and node.meta.get("kind") == "parameter":
+            user = next(iter(node.users), None)
+            steps = 0
+            while user is not None and steps < 4 and isinstance(sharding(user).get("tp"), Partial):
+                following = next((u for u in user.users if u.meta.get("reshard")), None)
+                if following is not None:
+                    found[str(node.target)] = following.target.__name__  # type: ignore[union-attr]
+                    break
+                user, steps = next(iter(user.users), None), steps + 1
+    return found
+
+
+def _predict(
+    stages: Sequence[StagePlan], seconds: float, bubble: float, microbatches: int, module: fx.GraphModule, pricing: Pricing,
+    hardware: Hardware, mesh: Mapping[str, int],
+) -> Prediction:  # fmt: skip
+    flops, dtype = 0.0, "f32"
+    for node in module.graph.nodes:
+        if is_call(node) and is_trainable(node):
+            call = call_of(node)
+            trainable = tuple(is_trainable(n) for n in tensor_inputs(node))
+            cost = pricing.cost(call, trainable)
+            flops += cost.forward_flops + cost.backward_flops
+            if call.outputs and call.outputs[0].dtype in (torch.bfloat16, torch.float16):
+                dtype = "bf16" if call.outputs[0].dtype == torch.bfloat16 else "f16"
+    rate = flops * microbatches / seconds / math.prod(mesh.values()) if seconds else 0.0
+    communication = max(stage.cost.collective_seconds + stage.cost.send_seconds for stage in stages) * microbatches
+    peak = max(stage.cost.peak_bytes for stage in stages)
+    return Prediction(seconds, peak, bubble, communication, rate / 1e12, rate / hardware.peak_flops.get(dtype, hardware.peak_flops["f32"]))
+
+
+def _notes(
+    cuts: CutPlan, sharded: ShardPlan, stages: Sequence[StagePlan], loss_notes: Sequence[str], exact: bool, tied_bytes: int,
+    hardware: Hardware,
+) -> list[str]:  # fmt: skip
+    notes = list(cuts.notes)
+    tied = {name: held for stage in stages for name, held in stage.tied.items()}
+    for name, held in tied.items():
+        where = " and ".join(str(stage) for stage in held)
+        how = f"microbatch by microbatch, bitwise as on one device ({tied_bytes / 2**20:.3g} MiB kept)" if exact else "once a step"
+        notes.append(f"{name} is used on stages {where}: each holds it, gradients are summed {how}")
+    summed = [name for stage in stages for name in stage.partial_gradients]
+    if summed:
+        notes.append(f"whole inside a split region, gradients summed over tp once a step: {', '.join(dict.fromkeys(summed))}")
+    if sharded.axis_size > 1:
+        for node in sharded.without_rule:
+            notes.append(
+                f"{node.target} has no rule and stays whole: {origin(node)}; to split it: autopar.register_rule(torch.ops.{node.target}, \"... -> ...\")"
+            )
+    notes += loss_notes
+    for stage in stages:
+        if stage.cost.peak_bytes > hardware.memory_bytes:
+            notes.append(f"stage {stage.index} needs {stage.cost.peak_bytes / 2**30:.3g} GiB, more than {hardware.name} has")
+    return notes
+
+
+def require_fit(plan: Plan, num_ranks: int) -> None:
+    """DoesNotFit if a plan has more ranks than a process can sensibly hold as threads."""
+    if plan.num_ranks > num_ranks:
+        raise DoesNotFit(
+            f"the plan needs {plan.num_ranks} ranks, too many for threads of one process",
+            use=f"torchrun --nproc-per-node ... (a job of {plan.num_ranks} ranks), or a smaller mesh to try it here",
+        )
+

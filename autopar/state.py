@@ -1,0 +1,107 @@
+"""A rank's share of the model's state, and the way back to whole tensors.
+
+A rank holds its pieces of the parameters and buffers of its stage, nothing else: each is cut out of the user's tensor and copied, so
+that the user's model is never modified and, beside the shards, at most one whole tensor is alive at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.plan import Plan, StagePlan
+from costmodel.errors import DifferentModel, WeightsMissing
+from passes.placement import Placement, Shard, local_shape, local_shard, parse_notation, whole_tensor
+
+Tensors = dict[str, torch.Tensor]
+
+
+def split_axis(text: str, plan: Plan) -> tuple[str, Placement] | None:
+    """(axis, placement) of a tensor in the notation if it is split, else None."""
+    _, sharding = parse_notation(text, tuple(plan.mesh))
+    return next(((axis, p) for axis, p in sharding.items() if isinstance(p, Shard)), None)
+
+
+def local_piece(whole: torch.Tensor, text: str, plan: Plan, coords: Mapping[str, int]) -> torch.Tensor:
+    """A rank's own copy of its piece of a whole tensor."""
+    found = split_axis(text, plan)
+    if found is None:
+        return whole.detach().clone()
+    axis, placement = found
+    piece = local_shard(whole.detach(), placement, axis_size=plan.mesh[axis], coord=coords[axis])
+    return piece.clone(memory_format=torch.contiguous_format)
+
+
+def local_tensors(
+    plan: Plan, rank: int, state: Mapping[str, torch.Tensor], device: torch.device, requires_grad: Callable[[str], bool]
+) -> tuple[dict[str, nn.Parameter], Tensors]:
+    """(parameters, buffers) of a rank, cut out of the whole tensors in `state`. Meta tensors give empty meta pieces."""
+    stage = plan.stages[plan.coords(rank)["pp"]]
+    coords = plan.coords(rank)
+    parameters: dict[str, nn.Parameter] = {}
+    for name, text in stage.parameters.items():
+        piece = local_piece(state[name], text, plan, coords).to(device if not state[name].is_meta else "meta")
+        parameters[name] = nn.Parameter(piece, requires_grad=requires_grad(name))
+    buffers = {
+        name: local_piece(state[name], text, plan, coords).to(device if not state[name].is_meta else "meta") for name, text in stage.buffers.items()
+    }
+    return parameters, buffers
+
+
+def require_values(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """WeightsMissing if any tensor is on the meta device."""
+    missing = [name for name, tensor in tensors if tensor.is_meta]
+    if missing:
+        raise WeightsMissing(
+            f"{len(missing)} parameters have no values, {missing[0]} first", why="the model was built on the meta device",
+            use="par.load_state_dict(...) before the first step, or a model with weights",
+        )  # fmt: skip
+
+
+def gather_whole(plan: Plan, name: str, text: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The whole tensor from its pieces in order of coords on the axis that splits it."""
+    found = split_axis(text, plan)
+    return pieces[0] if found is None else whole_tensor(list(pieces), found[1])
+
+
+def stage_of_parameter(plan: Plan) -> dict[str, int]:
+    """The first stage that holds each parameter and buffer."""
+    found: dict[str, int] = {}
+    for stage in plan.stages:
+        for name in (*stage.parameters, *stage.buffers):
+            found.setdefault(name, stage.index)
+    return found
+
+
+def text_of(stage: StagePlan, name: str) -> str:
+    """A parameter's or buffer's placement in the notation."""
+    return stage.parameters[name] if name in stage.parameters else stage.buffers[name]
+
+
+def check_names(given: Mapping[str, Any], expected: Iterable[str], what: str) -> None:
+    """DifferentModel if names are missing or unknown."""
+    expected = set(expected)
+    missing, unknown = sorted(expected - set(given)), sorted(set(given) - expected)
+    if missing or unknown:
+        raise DifferentModel(
+            f"{what} is of another model",
+            why="; ".join(filter(None, (f"missing: {', '.join(missing[:6])}" if missing else "", f"unknown: {', '.join(unknown[:6])}" if unknown else ""))),
+        )
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
+    """DifferentModel if a tensor has another shape than the model's."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise DifferentModel(f"{name} is {tuple(tensor.shape)}; the model's is {tuple(shape)}")
+
+
+def local_shape_of(text: str, plan: Plan) -> tuple[int, ...]:
+    """One rank's shape of a tensor in the notation."""
+    shape, sharding = parse_notation(text, tuple(plan.mesh))
+    from passes.ir import TensorType
+    from passes.placement import type_text
+
+    return local_shape(type_text(TensorType(torch.float32, shape), sharding), {}, plan.mesh)[1]

@@ -24,7 +24,7 @@ from passes.serialize import target_name
 if TYPE_CHECKING:
     from autopar.plan import Plan, StagePlan
 
-TYPE_COLUMN = 92
+TYPE_COLUMN = 84
 _INFIX = {operator.mul: "*", operator.add: "+", operator.sub: "-", operator.floordiv: "//", operator.mod: "%", operator.truediv: "/"}
 
 
@@ -49,7 +49,7 @@ class _Body:
         self.axes, self.in_stage = axes, in_stage
         self.functions: set[str] = set()
         self.lines: list[str] = []
-        self.last_origin: str | None = None
+        self.last_origin: tuple[str, int, str] | None = None
 
     def argument(self, arg: Any, inside: bool = False) -> str:
         if isinstance(arg, fx.Node):
@@ -95,10 +95,10 @@ class _Body:
     def statement(self, node: fx.Node) -> None:
         if size_expr(node) is not None or node.target is operator.getitem or is_state(node):
             return
-        where = str(origin(node))
-        if where != self.last_origin and where:
+        where = origin(node)
+        if str(where) and (where.file, where.line, where.path) != self.last_origin:
             self.lines += ["", f"# {where}"] if self.lines else [f"# {where}"]
-            self.last_origin = where
+            self.last_origin = (where.file, where.line, where.path)
         names = node.name
         kinds = [node]
         if tensor_type(node) is None:

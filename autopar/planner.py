@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from autopar.plan import Plan, Prediction, StagePlan, stage_records
-from autopar.program import Receive, Send
+from autopar.program import FUNCTION_NAMES, Receive, Send
 from autopar.trace import Traced
 from costmodel.errors import BadArgument, DoesNotFit
 from costmodel.hardware import Hardware
@@ -116,14 +116,39 @@ def make_plan(
     )  # fmt: skip
 
 
+_RESHARD_SUFFIX = {
+    "all_reduce": "sum", "copy_to": "copy", "all_gather": "whole", "reduce_scatter": "part", "take_shard": "part", "all_to_all": "turned",
+    "own_gradient": "own",
+}  # fmt: skip
+
+
 def rename(module: fx.GraphModule) -> None:
-    """Give every node its readable name."""
-    names = readable_names(module.graph)
-    for node in list(names):
-        node._rename(f"_renaming_{id(node)}")
+    """Give every node its readable name; a reshard is called after its value (`down` -> `down_sum`), and no value as a function is."""
+    graph = module.graph
+    reshards = [node for node in graph.nodes if node.meta.get("reshard")]
+    frames = {node: node.meta.pop("frames", ()) for node in reshards}
+    names = readable_names(graph)
+    taken = set(names.values())
+
+    def unique(base: str) -> str:
+        name, count = base, 0
+        while name in taken or name in FUNCTION_NAMES:
+            count += 1
+            name = f"{base}_{count}"
+        taken.add(name)
+        return name
+
+    for node, name in names.items():
+        if node in frames:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            suffix = _RESHARD_SUFFIX[node.target.__name__]  # type: ignore[union-attr]
+            names[node] = unique(f"{names[source]}_{suffix}")
+            node.meta["frames"] = frames[node]
+        elif name.removesuffix("_" + name.rpartition("_")[2]) in FUNCTION_NAMES or name in FUNCTION_NAMES:
+            names[node] = unique(name.removeprefix("sharded_"))
     for node, name in names.items():
         node.name = name
-        module.graph._graph_namespace._used_names.setdefault(name, 0)
     module.recompile()
 
 

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from autopar.random_ops import attention_with_dropout, dropout
 from costmodel.errors import BadPlan
 from passes.instructions import (
     Backward,
@@ -34,6 +35,14 @@ from passes.instructions import (
     SendGradient,
     SumGradients,
 )
+from passes.local_ops import sharded_cross_entropy, sharded_embedding
+from passes.reshard import all_gather, all_reduce, all_to_all, copy_to, own_gradient, reduce_scatter, take_shard
+
+FUNCTIONS = (
+    all_gather, all_reduce, all_to_all, attention_with_dropout, copy_to, dropout, own_gradient, reduce_scatter,
+    sharded_cross_entropy, sharded_embedding, take_shard,
+)  # fmt: skip
+FUNCTION_NAMES = frozenset(function.__name__ for function in FUNCTIONS)
 
 __all__ = [
     "Backward",
@@ -48,7 +57,18 @@ __all__ = [
     "SendGradient",
     "StageModule",
     "SumGradients",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "attention_with_dropout",
+    "copy_to",
+    "dropout",
     "load_program",
+    "own_gradient",
+    "reduce_scatter",
+    "sharded_cross_entropy",
+    "sharded_embedding",
+    "take_shard",
 ]
 
 

@@ -38,7 +38,7 @@ from passes.ir import TensorType, size_symbol, tensor_type
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor input: its type, and where it is among the arguments (parameter name of forward, then keys and indices)."""
+    """A tensor input: its type and its place among the arguments (a parameter of forward, then keys and indices)."""
 
     type: TensorType
     path: Path
@@ -184,14 +184,11 @@ def trace(
 def _own_tensors(tensors: list[torch.Tensor], model: nn.Module) -> list[torch.Tensor]:
     """Example tensors that are no graph's and nobody else's, on the device of the model."""
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
-    own, seen = [], set()
+    own = []
     for tensor in tensors:
-        fresh = tensor.detach()
+        fresh = tensor.detach()  # an object of its own, also where two arguments are one tensor
         if device is not None and device.type != fresh.device.type and "meta" in (device.type, fresh.device.type):
             fresh = torch.zeros_like(fresh, device=device)
-        elif id(tensor) in seen:
-            fresh = fresh.clone()
-        seen.add(id(tensor))
         own.append(fresh)
     return own
 
@@ -221,7 +218,7 @@ def _described(result: Any, loss: torch.Tensor | None) -> _Output:
         if not isinstance(leaf, (torch.Tensor, torch.SymInt, int, float, bool, str, type(None))):
             raise CaptureError(
                 f"forward returns a {type(leaf).__name__}, which holds no tensor that a graph can give",
-                use="tuples, lists and dicts of tensors, or a type that torch.utils._pytree knows; for a cache: use_cache=False",
+                use="tuples, lists and dicts of tensors, or a registered pytree; for a cache: use_cache=False",
             )
     outputs = [leaf for leaf in leaves if isinstance(leaf, (torch.Tensor, torch.SymInt))]
     if loss is not None:

@@ -14,6 +14,7 @@ fake tensors.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sysconfig
@@ -36,6 +37,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _STDLIB = os.path.realpath(sysconfig.get_paths()["stdlib"]) + os.sep
 
 
+@functools.cache
 def is_user_file(file: str) -> bool:
     """True for code that a user wrote or chose, model libraries included: not torch, not Python's standard library."""
     if file.startswith("<") and not file.startswith("<ipython"):

@@ -31,6 +31,7 @@ from passes.placement import Placement, local_type
 from passes.reshard import Reshard, collective_seconds
 from passes.shard import depends_on_parameters, value_of
 
+NEVER = 10**30  # bytes: no cut here
 SLACK = 1.01  # cuts within one percent of the best maximum compete on bytes sent and evenness
 
 
@@ -147,8 +148,8 @@ class _Line:
         saved: set[object] = set()
         self.costs = [NodeCost() if n.target is operator.getitem else node_cost(n, pricing, axis_sizes, saved) for n in self.nodes]
         count = len(self.nodes)
-        self.crossing = [0.0] * (count + 1)
-        difference = [0.0] * (count + 2)
+        self.crossing = [0] * (count + 1)
+        difference = [0] * (count + 2)  # ints: exact however large
         for node in self.nodes:
             last = max((self.position[user] for user in node.users if user in self.position), default=-1)
             kind = tensor_type(node)
@@ -158,12 +159,12 @@ class _Line:
                 difference[last + 1] -= num_bytes
             elif last > self.position[node]:
                 # a tuple result (split) crosses as its parts do; cutting between is never wanted
-                difference[self.position[node] + 1] += float("1e30")
-                difference[last + 1] -= float("1e30")
-        running = 0.0
+                difference[self.position[node] + 1] += NEVER
+                difference[last + 1] -= NEVER
+        running = 0
         for k in range(count + 1):
             running += difference[k]
-            self.crossing[k] = max(running, 0.0)
+            self.crossing[k] = running
         self.first_use: list[list[tuple[int, int]]] = [[] for _ in range(count)]  # per node: (parameter bytes' count, previous use)
         for node in graph.nodes:
             kind = tensor_type(node)
@@ -188,12 +189,22 @@ def _prefix(values: Sequence[float]) -> list[float]:
 
 
 def _candidates(line: _Line, least: int, most: int = 700) -> list[int]:
-    """Places to cut: where no neighbouring place needs fewer bytes to cross."""
+    """Places to cut: where fewer bytes cross than on both sides of it (of the run of places with as many)."""
     count = len(line.nodes)
+    found: list[int] = []
+    start = 1
+    while start < count:
+        end = start
+        while end + 1 < count and line.crossing[end + 1] == line.crossing[start]:
+            end += 1
+        before = line.crossing[start - 1] if start > 1 else float("inf")
+        after = line.crossing[end + 1] if end + 1 < count else float("inf")
+        if before >= line.crossing[start] <= after and line.crossing[start] < NEVER:
+            found += range(start, end + 1)
+        start = end + 1
     bounds = range(1, count)
-    found = [k for k in bounds if line.crossing[k] <= line.crossing[k - 1 if k > 1 else k] and line.crossing[k] <= line.crossing[k + 1 if k + 1 < count else k]]
     if len(found) < least:
-        found = [k for k in bounds if line.crossing[k] < 1e29]
+        found = [k for k in bounds if line.crossing[k] < NEVER]
     if len(found) > most:
         cheapest = sorted(found, key=lambda k: line.crossing[k])[:most]
         found = sorted(cheapest)

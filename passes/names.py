@@ -29,9 +29,9 @@ Frame = tuple[str, int, str]  # file, line, function
 
 _OP_NAMES = {
     "scaled_dot_product_attention": "attention", "split_with_sizes": "pieces", "slice": "part", "index": "indexed",
-    "sum": "total", "pow": "power", "max": "largest", "min": "smallest", "abs": "absolute", "all": "every", "any": "some",
-    "round": "rounded", "add": "added", "mul": "product", "mm": "product", "bmm": "product", "matmul": "product",
-    "to": "cast", "_to_copy": "cast",
+    "sum": "total", "pow": "power", "max": "largest", "min": "smallest", "abs": "absolute", "all": "every",
+    "any": "some", "round": "rounded", "add": "added", "mul": "product", "mm": "product", "bmm": "product",
+    "matmul": "product", "to": "cast", "_to_copy": "cast",
 }  # fmt: skip
 _RESERVED = {"torch", "F", "aten", "self", "p", "forward", "math", "operator"}
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)

@@ -111,8 +111,8 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
         if size is not None:
             record["size"] = str(size)
         if where != Origin():
-            record["origin"] = [where.path, where.file, where.line, where.source]
-        record |= {flag: node.meta[flag] for flag in _FLAGS if node.meta.get(flag) not in (None, False)}
+            record["origin"] = [node.meta.get("owner", where.path), where.file, where.line, where.source]
+        record |= {flag: node.meta[flag] for flag in _FLAGS if node.meta.get(flag) is not None and node.meta[flag] is not False}
         records.append(record)
     return records
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from canonical_interpreter import check_equal
+from models import GPT, MLP, causal_batch, gpt_batch, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
 from autopar.errors import CaptureError
@@ -16,8 +18,6 @@ from autopar.trace import Traced, trace
 from passes.canonical_rewrite import op_name
 from passes.ir import is_state, is_trainable
 from passes.names import readable_names
-from tests.canonical_interpreter import check_equal
-from tests.models import GPT, MLP, causal_batch, gpt_batch, tiny_gpt2, tiny_llama
 
 
 class Body(nn.Module):

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from canonical_interpreter import check_equal
+from models import GPT, MLP, causal_batch, gpt_batch, tiny_gpt2, tiny_llama
 from torch import Tensor, fx, nn
 
 from autopar.errors import BadArgument, CaptureError
 from autopar.trace import trace
 from passes.ir import TensorType, is_state, size_symbol
-from tests.canonical_interpreter import check_equal
-from tests.models import GPT, MLP, causal_batch, gpt_batch, tiny_gpt2, tiny_llama
 
 B, T = size_symbol("B"), size_symbol("T")
 

@@ -1,0 +1,309 @@
+"""`parallelize`: the one line. From an unmodified model to a `ParallelModel` that trains it on all ranks.
+
+The same programs run in three places: under torchrun and inside `autopar.launch` this process is one rank; in a plain process or a
+notebook all ranks are threads of it. Ranks are made at the first use that needs them: a plan for a thousand ranks costs nothing to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.plan import Plan
+from autopar.planner import fingerprint, make_plan
+from autopar.program import Program, load_program
+from autopar.ranks import ProcessRank, Ranks, ThreadedRanks
+from autopar.runtime.world import check_world_size, launched
+from autopar.trace import Traced, trace
+from costmodel.errors import BadArgument, BadPlan, DoesNotFit
+from costmodel.hardware import Hardware
+from costmodel.hardware import hardware as hardware_named
+from passes.overrides import Overrides
+from passes.schedules import schedule as schedule_named
+
+MOST_THREADS = 64  # ranks that one process may hold as threads
+
+
+def parallelize(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    microbatches: int | None = None,
+    schedule: str = "1f1b",
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    zero: int = 0,
+    precision: str = "fp32",
+    recompute: str = "none",
+    hardware: str | Hardware | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> ParallelModel:
+    """Split `model` over tp x pp ranks. The model is traced, never modified.
+
+    example_inputs: keyword arguments (dict) or positional ones (tuple) of one call, tensors of any device, of the whole batch that a
+    step gets (its first dim is the batch). None: the first `step()` gives them. The loss is `loss_fn(output, *targets)` if given, targets
+    being the arguments that forward does not take; else what the model returns: a scalar, the first of a tuple, `.loss` or `["loss"]`.
+
+    microbatches: how many the batch is split into along the pipeline (None: four a stage, as far as there are rows). schedule: a name in
+    `autopar.schedules.SCHEDULES`. hardware: a profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
+    plan: a saved plan of this model to use as it is. device: where ranks compute (None: where the model is). seed: for dropout.
+
+    Errors: BadArgument, CaptureError (forward cannot be one graph), TooManyStages, NoLegalSharding, BadPlan.
+    """
+    degrees = {"tp": tp, "pp": pp, "dp": dp}
+    for name, degree in degrees.items():
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+            raise BadArgument(f"{name} = {degree!r} is not a degree of parallelism", use="a positive integer")
+    if microbatches is not None and (isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1):
+        raise BadArgument(f"microbatches = {microbatches!r}", use="a positive integer, or None")
+    for name, value, only in (("dp", dp, 1), ("zero", zero, 0), ("precision", precision, "fp32"), ("recompute", recompute, "none")):
+        if value != only:
+            raise BadArgument(f"{name} = {value!r} is not supported by this version", use=f"{name}={only!r}")
+    if not isinstance(model, nn.Module):
+        raise BadArgument(f"the model is a {type(model).__name__}, not an nn.Module")
+    schedule_named(schedule)
+    options = _Options(tp, pp, microbatches, schedule, loss_fn, _hardware(hardware, model), Overrides.of(overrides), plan, _device(device, model), seed)
+    if launched():
+        check_world_size(_world_size(), options.mesh)
+    parallel = ParallelModel(model, options)
+    if example_inputs is not None:
+        parallel._trace(*_arguments(example_inputs))
+    return parallel
+
+
+def _arguments(example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    raise BadArgument(f"example_inputs is a {type(example_inputs).__name__}", use="a dict of keyword arguments, or a tuple of positional ones")
+
+
+def _world_size() -> int:
+    import os
+
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _device(device: torch.device | str | None, model: nn.Module) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    first = next((tensor for tensor in (*model.parameters(), *model.buffers())), None)
+    if first is None or not first.is_meta:
+        return first.device if first is not None else torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+_CUDA_PROFILES = (("H200", "h200"), ("H100", "h100-sxm"), ("A100-SXM4-80GB", "a100-80gb"), ("A100", "a100-40gb"))
+
+
+def _hardware(hardware: str | Hardware | None, model: nn.Module) -> Hardware:
+    if hardware is not None:
+        return hardware_named(hardware)
+    if _device(None, model).type == "cuda":
+        name = torch.cuda.get_device_name()
+        return hardware_named(next((profile for part, profile in _CUDA_PROFILES if part in name), "a100-80gb"))
+    return hardware_named("cpu")
+
+
+class _Options:
+    """What `parallelize` was asked for."""
+
+    def __init__(
+        self, tp: int, pp: int, microbatches: int | None, schedule: str, loss_fn: Callable[..., torch.Tensor] | None, hardware: Hardware,
+        overrides: Overrides, plan: Plan | None, device: torch.device, seed: int,
+    ) -> None:  # fmt: skip
+        self.mesh = dict(plan.mesh) if plan is not None else {"pp": pp, "tp": tp}
+        self.microbatches, self.schedule, self.loss_fn = microbatches, schedule, loss_fn
+        self.hardware, self.overrides, self.plan, self.device, self.seed = hardware, overrides, plan, device, seed
+
+
+def model_name(model: nn.Module) -> str:
+    """Where a model comes from, for titles: `examples/mlp.py:Net`, or `package.module:Class`."""
+    import sys
+    from pathlib import Path
+
+    kind = type(model)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file:
+        try:
+            return f"{Path(file).resolve().relative_to(Path.cwd().resolve())}:{kind.__qualname__}"
+        except ValueError:
+            pass
+    return f"{kind.__module__}:{kind.__qualname__}" if kind.__module__ != "__main__" else kind.__qualname__
+
+
+class ParallelModel:
+    """The model on all its ranks. Made by `autopar.parallelize`."""
+
+    def __init__(self, model: nn.Module, options: _Options) -> None:
+        self._model, self._options = model, options
+        self._traced: Traced | None = None
+        self._plan: Plan | None = None
+        self._ranks_made: Ranks | None = None
+        self.training = model.training
+
+    # ---- the plan ---------------------------------------------------------------------------------------------------
+
+    def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+        options = self._options
+        self._traced = trace(self._model, args, kwargs, loss_fn=options.loss_fn)
+        if options.plan is not None:
+            self._plan = options.plan.check_model(fingerprint(self._traced))
+            if dict(self._plan.inputs) != {name: _type_text(value.type) for name, value in self._traced.inputs.items()}:
+                raise BadPlan("the plan was made for other inputs", why=f"it takes {dict(self._plan.inputs)}", use="the arguments it was made with")
+        else:
+            self._plan = make_plan(
+                self._traced, mesh=options.mesh, microbatches=options.microbatches, schedule=options.schedule, hardware=options.hardware,
+                model_name=model_name(self._model), overrides=options.overrides,
+            )  # fmt: skip
+        return self._traced
+
+    @property
+    def plan(self) -> Plan:
+        """The plan; BadArgument before the first step if there were no example inputs."""
+        if self._plan is None:
+            raise BadArgument("there is no plan yet", why="no example_inputs were given", use="example_inputs=..., or the first step()")
+        return self._plan
+
+    def _ranks(self) -> Ranks:
+        if self._ranks_made is None:
+            plan = self.plan
+            assert self._traced is not None
+            if launched():
+                self._ranks_made = ProcessRank(plan, self._traced, self._options.device, self._options.seed)
+            else:
+                if plan.num_ranks > MOST_THREADS:
+                    raise DoesNotFit(
+                        f"the plan needs {plan.num_ranks} ranks, too many for threads of one process",
+                        use=f"torchrun with {plan.num_ranks} ranks, or a smaller mesh to try it here",
+                    )
+                self._ranks_made = ThreadedRanks(plan, self._traced, self._options.device, self._options.seed)
+        return self._ranks_made
+
+    def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        traced = self._traced or self._trace(args, kwargs)
+        return traced.flatten(args, kwargs)
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one whole batch; gradients are added to `.grad`.
+
+        Returns the loss as a 0-dim tensor, on every rank: what the single-device model gives for this batch. BadArgument if the
+        model returns no loss or the batch does not fit; RankFailed if another rank died or stalled.
+        """
+        batch = self._batch(args, kwargs)
+        assert self._traced is not None
+        if self._traced.loss is None:
+            raise BadArgument(
+                "the model returns no loss to train on", why="its output is no scalar, has none first and no .loss",
+                use="loss_fn=..., or a forward that returns the loss (pass the labels)",
+            )  # fmt: skip
+        ranks = self._ranks()
+        ranks.train(self.training)
+        return ranks.step(batch)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward only: the model's output on every rank of the last stage, None on the others (a plain process always gets it)."""
+        batch = self._batch(args, kwargs)
+        ranks = self._ranks()
+        ranks.train(self.training)
+        outputs = ranks.forward(batch)
+        if outputs is None:
+            return None
+        assert self._traced is not None
+        values = {leaf: outputs[name] for leaf, name in zip(self._leaves(), self.plan.stages[-1].outputs, strict=False)}
+        return self._traced.unflatten(values)
+
+    def _leaves(self) -> list[Any]:
+        """The graph nodes of the model's output in the order of the last stage's OUTPUTS."""
+        assert self._traced is not None
+        return list(dict.fromkeys(leaf for leaf in self._traced.output_leaves if isinstance(leaf, torch.fx.Node)))
+
+    def train(self, mode: bool = True) -> ParallelModel:
+        """Dropout and the like on (or off)."""
+        self.training = mode
+        return self
+
+    def eval(self) -> ParallelModel:
+        """Dropout and the like off."""
+        return self.train(False)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of this process's parameters."""
+        for parameter in self.parameters():
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm before.
+
+        Each parameter counts once whatever tp and pp: shards add up, copies on other ranks and stages are left out.
+        """
+        return self._ranks().clip_grad_norm_(max_norm)
+
+    # ---- parameters -------------------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's shards under the user's names. In a plain process with several ranks: all ranks' shards, `rank 2: name`."""
+        return self._ranks().named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's shards (a plain process: all ranks'): hand them to any optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """DTensors under the user's names, this rank's stage (a plain process: whole tensors, all of them)."""
+        return self._ranks().state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Take values from DTensors or whole tensors under the user's names; `state_dict` may hold more stages than this rank's.
+
+        DifferentModel if names are missing or unknown, or a shape differs; nothing is changed then.
+        """
+        self._ranks().load_state_dict(state_dict)
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """Whole tensors on rank 0, loadable by the untouched model with strict=True; {} on the others."""
+        found = self._ranks().whole_tensors()
+        if found is None:
+            return {}
+        known = self._model.state_dict()
+        assert self._traced is not None
+        return {name: self._whole_of(name, found) if self._first_name(name) in found else tensor.detach().clone() for name, tensor in known.items()}
+
+    def _first_name(self, name: str) -> str:
+        return self.plan.aliases.get(name, name)
+
+    def _whole_of(self, name: str, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return found[self._first_name(name)]
+
+    def close(self) -> None:
+        """End the rank threads or leave the job's groups; a later step starts again."""
+        if self._ranks_made is not None:
+            self._ranks_made.close()
+
+
+def _type_text(value: Any) -> str:
+    from passes.placement import type_text
+
+    return type_text(value, {})
+
+
+def programs(plan: Plan) -> list[Program]:
+    """Every rank's program, loaded."""
+    return [load_program(plan.source(rank), f"<autopar plan {plan.identity} rank {rank}>") for rank in range(plan.num_ranks)]

@@ -1,0 +1,328 @@
+"""The ranks behind a ParallelModel: all of them as threads of this process, or this process as one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from autopar.plan import Plan
+from autopar.program import load_program
+from autopar.runtime.threads import ThreadRanks
+from autopar.runtime.worker import Worker
+from autopar.runtime.world import World
+from autopar.state import (
+    check_names, check_shape, gather_whole, local_piece, local_tensors, require_values, split_axis, stage_of_parameter, text_of,
+)  # fmt: skip
+from autopar.trace import Traced
+from passes.placement import Shard, parse_notation, parse_type
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Ranks(Protocol):
+    """What a ParallelModel asks of its ranks."""
+
+    def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None: ...
+    def train(self, mode: bool) -> None: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor: ...
+    def state_dict(self) -> Tensors: ...
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None: ...
+    def whole_tensors(self) -> Tensors | None: ...
+    def close(self) -> None: ...
+
+
+def _program(plan: Plan, rank: int) -> Any:
+    return load_program(plan.source(rank), f"<autopar plan {plan.identity} rank {rank}>")
+
+
+def _requires_grad(traced: Traced) -> Callable[[str], bool]:
+    return lambda name: traced.state[name].requires_grad
+
+
+def _state(traced: Traced) -> Mapping[str, torch.Tensor]:
+    return {**traced.state, **traced.constants}
+
+
+def _counts_here(plan: Plan, coords: Mapping[str, int], name: str) -> bool:
+    """True if this rank's piece is the one to count in a norm: one copy of a whole tensor, the first stage of a tied one."""
+    stage = plan.stages[coords["pp"]]
+    first = min(stage.tied.get(name, (coords["pp"],)))
+    return coords["pp"] == first and (split_axis(stage.parameters[name], plan) is not None or coords.get("tp", 0) == 0)
+
+
+def _scale_gradients(parameters: list[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
+    """As torch.nn.utils.clip_grad_norm_ does it."""
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor.to(parameter.grad.device))
+
+
+def _loadable(plan: Plan, traced: Traced, state_dict: Mapping[str, torch.Tensor], wanted: Mapping[str, str]) -> Tensors:
+    """The values for `wanted` (name -> notation) from a state dict that may use any alias. DifferentModel if it does not fit."""
+    by_first: Tensors = {}
+    known = {*traced.state, *traced.constants}
+    for name, tensor in state_dict.items():
+        by_first[plan.aliases.get(name, name)] = tensor
+    check_names({name: None for name in by_first if name not in known}, (), "the state dict") if any(n not in known for n in by_first) else None
+    missing = [name for name in wanted if name not in by_first and name in traced.state and name not in traced.constants]
+    if missing:
+        check_names({name: None for name in wanted if name not in missing}, wanted, "the state dict")
+    for name, text in wanted.items():
+        if name in by_first:
+            check_shape(name, by_first[name], [int(size) for size in parse_notation(text, tuple(plan.mesh))[0]])
+    return {name: by_first[name] for name in wanted if name in by_first}
+
+
+def _assign(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Copy in place; a tensor without values is replaced."""
+    if not target.is_meta:
+        with torch.no_grad():
+            target.copy_(value)
+        return target
+    value = value.detach().to(target.dtype).clone()
+    return nn.Parameter(value, requires_grad=target.requires_grad) if isinstance(target, nn.Parameter) else value
+
+
+class ThreadedRanks:
+    """All ranks as threads of this process."""
+
+    def __init__(self, plan: Plan, traced: Traced, device: torch.device, seed: int) -> None:
+        self.plan, self.traced, self.device, self.seed = plan, traced, device, seed
+        pairs = [local_tensors(plan, rank, _state(traced), device, _requires_grad(traced)) for rank in range(plan.num_ranks)]
+        self.parameters_of = [parameters for parameters, _ in pairs]
+        self.buffers_of = [buffers for _, buffers in pairs]
+        self._threads: ThreadRanks | None = None
+        self._training = True
+
+    def _started(self) -> ThreadRanks:
+        if self._threads is None:
+            for parameters, buffers in zip(self.parameters_of, self.buffers_of, strict=True):
+                require_values([*parameters.items(), *buffers.items()])
+            programs = [_program(self.plan, rank) for rank in range(self.plan.num_ranks)]
+            self._threads = ThreadRanks(
+                programs, self.parameters_of, self.buffers_of, self.plan.mesh, self.plan.microbatches, device=self.device, seed=self.seed
+            )
+        return self._threads
+
+    def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self._run("step", batch)
+
+    def _run(self, method: str, batch: Mapping[str, torch.Tensor]) -> Any:
+        threads = self._started()
+        threads.train(self._training)
+        return getattr(threads, method)(batch)
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None:
+        results = self._run("forward", batch)
+        last = self.plan.mesh["pp"] - 1
+        pieces = [results[rank] for rank in range(self.plan.num_ranks) if self.plan.coords(rank)["pp"] == last]
+        outputs: Tensors = {}
+        for name, text in self.plan.stages[last].outputs.items():
+            outputs[name] = _whole_output(self.plan, text, [piece[name] for piece in pieces])
+        return outputs
+
+    def train(self, mode: bool) -> None:
+        self._training = mode
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        alone = self.plan.num_ranks == 1
+        for rank, parameters in enumerate(self.parameters_of):
+            for name, parameter in parameters.items():
+                yield (name if alone else f"rank {rank}: {name}"), parameter
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        squares = [
+            parameter.grad.double().square().sum()
+            for rank, parameters in enumerate(self.parameters_of)
+            for name, parameter in parameters.items()
+            if parameter.grad is not None and _counts_here(self.plan, self.plan.coords(rank), name)
+        ]
+        norm = torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
+        _scale_gradients([parameter for _, parameter in self.named_parameters()], norm, max_norm)
+        return norm
+
+    def whole(self, name: str, of: str = "value") -> torch.Tensor | None:
+        """A whole parameter or buffer (or with of="grad" its gradient) from its first stage's ranks; None for no gradient."""
+        stage = stage_of_parameter(self.plan)[name]
+        pieces = []
+        for rank in range(self.plan.num_ranks):
+            if self.plan.coords(rank)["pp"] == stage:
+                tensor = {**self.parameters_of[rank], **self.buffers_of[rank]}[name]
+                piece = tensor.grad if of == "grad" else tensor.detach()
+                if piece is None:
+                    return None
+                pieces.append(piece)
+        return gather_whole(self.plan, name, text_of(self.plan.stages[stage], name), pieces).clone()
+
+    def whole_tensors(self) -> Tensors | None:
+        found = {name: self.whole(name) for name in stage_of_parameter(self.plan)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def state_dict(self) -> Tensors:
+        whole = self.whole_tensors() or {}
+        whole = {name: tensor for name, tensor in whole.items() if name in self.traced.state}
+        return whole | {alias: whole[name] for alias, name in self.plan.aliases.items() if name in whole}
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        wanted = {name: text_of(stage, name) for stage in self.plan.stages for name in (*stage.parameters, *stage.buffers)}
+        values = _loadable(self.plan, self.traced, state_dict, {n: t for n, t in wanted.items() if n in state_dict or n in self.plan.parameter_notation})
+        for rank in range(self.plan.num_ranks):
+            coords = self.plan.coords(rank)
+            for tensors in (self.parameters_of[rank], self.buffers_of[rank]):
+                for name in list(tensors):
+                    if name in values:
+                        tensors[name] = _assign(tensors[name], local_piece(values[name], wanted[name], self.plan, coords))  # type: ignore[assignment,index]
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.close()
+
+
+def _whole_output(plan: Plan, text: str, pieces: list[torch.Tensor]) -> torch.Tensor:
+    from passes.placement import Partial, whole_tensor
+
+    _, sharding = parse_type(text, tuple(plan.mesh))
+    placement = next((p for p in sharding.values() if isinstance(p, (Shard, Partial))), None)
+    return pieces[0] if placement is None else whole_tensor(pieces, placement)
+
+
+class ProcessRank:
+    """This process as one rank of a job."""
+
+    def __init__(self, plan: Plan, traced: Traced, device: torch.device, seed: int) -> None:
+        self.plan, self.traced, self.seed = plan, traced, seed
+        self.world = World.from_environment(plan.mesh, device=device)
+        self.rank, self.coords = self.world.rank, self.world.coords
+        self.parameters, self.buffers = local_tensors(plan, self.rank, _state(traced), self.world.device, _requires_grad(traced))
+        self._worker: Worker | None = None
+        self._training = True
+
+    @property
+    def worker(self) -> Worker:
+        if self._worker is None:
+            require_values([*self.parameters.items(), *self.buffers.items()])
+            self._worker = Worker(_program(self.plan, self.rank), self.world, self.parameters, self.buffers, seed=self.seed)
+        return self._worker
+
+    def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self.worker.train(self._training)
+        return self.worker.step(batch)
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None:
+        self.worker.train(self._training)
+        outputs = self.worker.forward(batch)
+        last = self.plan.mesh["pp"] - 1
+        if self.coords["pp"] != last:
+            return None
+        return {name: self._whole_output(text, outputs[name]) for name, text in self.plan.stages[last].outputs.items()}
+
+    def _whole_output(self, text: str, piece: torch.Tensor) -> torch.Tensor:
+        _, sharding = parse_type(text, tuple(self.plan.mesh))
+        if not sharding:
+            return piece
+        axis = self.world.axis(next(iter(sharding)))
+        return _whole_output(self.plan, text, list(axis.all_gather(piece.contiguous()).unbind(0)))
+
+    def train(self, mode: bool) -> None:
+        self._training = mode
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.parameters.items()
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and _counts_here(self.plan, self.coords, name):
+                total += parameter.grad.double().square().sum()
+        for name in self.plan.mesh:
+            total = self.world.axis(name).all_reduce(total)
+        norm = total.sqrt().float()
+        _scale_gradients(list(self.parameters.values()), norm, max_norm)
+        return norm
+
+    def _gathered(self, name: str) -> torch.Tensor:
+        """A whole tensor of this rank's stage; all of the stage's ranks take part."""
+        text = text_of(self.plan.stages[self.coords["pp"]], name)
+        tensor = {**self.parameters, **self.buffers}[name].detach()
+        found = split_axis(text, self.plan)
+        if found is None:
+            return tensor
+        pieces = self.world.axis(found[0]).all_gather(tensor.contiguous())
+        return gather_whole(self.plan, name, text, list(pieces.unbind(0)))
+
+    def whole_tensors(self) -> Tensors | None:
+        """Rank 0 gets them all, one at a time; None on the others."""
+        first_stage = stage_of_parameter(self.plan)
+        found: Tensors = {}
+        collects = self.rank == 0
+        sends = not collects and all(coord == 0 for axis, coord in self.coords.items() if axis != "pp")
+        for tag, (name, stage) in enumerate(first_stage.items()):
+            if self.coords["pp"] == stage:
+                whole = self._gathered(name)
+                if collects:
+                    found[name] = whole.clone()
+                elif sends:
+                    self.world.wait(self.world.send(whole.contiguous(), 0, tag), 0)
+            elif collects:
+                text = text_of(self.plan.stages[stage], name)
+                shape = [int(size) for size in parse_notation(text, tuple(self.plan.mesh))[0]]
+                dtype = {**self.traced.state, **self.traced.constants}[name].dtype
+                whole = torch.empty(shape, dtype=dtype, device=self.world.device)
+                self.world.wait(self.world.recv(whole, stage, tag), stage)
+                found[name] = whole
+        return found if collects else None
+
+    def state_dict(self) -> Tensors:
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Replicate
+        from torch.distributed.tensor import Shard as DShard
+
+        if not dist.is_initialized():
+            return {name: tensor.detach() for name, tensor in {**self.parameters, **self.buffers}.items()}
+        shape = list(self.plan.mesh.values())
+        ranks = torch.arange(math.prod(shape)).view(shape)
+        mesh = DeviceMesh(self.world.device.type, ranks, mesh_dim_names=tuple(self.plan.mesh))["tp"]
+        found: Tensors = {}
+        stage = self.plan.stages[self.coords["pp"]]
+        for name, tensor in {**self.parameters, **self.buffers}.items():
+            if name not in self.traced.state:
+                continue
+            split = split_axis(text_of(stage, name), self.plan)
+            whole = tuple(self.traced.state[name].shape)
+            if split is None:
+                value = DTensor.from_local(tensor.detach(), mesh, [Replicate()], run_check=False)
+            else:
+                placement = split[1]
+                assert isinstance(placement, Shard)
+                local = tensor.detach()
+                if placement.segments != 1:  # DTensor knows contiguous shards only
+                    local = self._gathered(name).chunk(self.plan.mesh[split[0]], placement.dim)[self.coords[split[0]]].contiguous()
+                stride = torch.empty(whole, device="meta").stride()
+                value = DTensor.from_local(local, mesh, [DShard(placement.dim)], run_check=False, shape=torch.Size(whole), stride=stride)
+            found[name] = value
+        return found | {alias: found[name] for alias, name in self.plan.aliases.items() if name in found}
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        from torch.distributed.tensor import DTensor
+
+        stage = self.plan.stages[self.coords["pp"]]
+        wanted = {name: text_of(stage, name) for name in (*stage.parameters, *stage.buffers)}
+        wanted = {n: t for n, t in wanted.items() if n in state_dict or n in stage.parameters}
+        values = _loadable(self.plan, self.traced, state_dict, wanted)
+        for tensors in (self.parameters, self.buffers):
+            for name in list(tensors):
+                if name in values:
+                    value = values[name]
+                    whole = value.full_tensor() if isinstance(value, DTensor) else value
+                    tensors[name] = _assign(tensors[name], local_piece(whole.to(self.world.device), wanted[name], self.plan, self.coords))  # type: ignore[assignment,index]
+
+    def close(self) -> None:
+        self.world.close()

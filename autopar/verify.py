@@ -1,0 +1,147 @@
+"""`verify`: does the parallel model give the untouched model's loss, gradients and buffers? Measured, on this machine.
+
+The untouched model (a copy of it) runs the whole batch once; the parallel one runs its programs on all ranks, as threads of this
+process. A gradient's relative difference is its largest absolute difference over its own largest element; gradients that are all
+rounding (below a thousandth of the model's largest, such as that of a key projection's bias) are measured against that thousandth.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from autopar.parallelize import _arguments, parallelize
+from autopar.plan import Plan
+from autopar.ranks import ThreadedRanks
+from costmodel.errors import BadArgument, WeightsMissing
+
+LOSS_TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 1e-5
+FLOOR = 1e-3
+LOW_PRECISION_TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor compared: kind is "gradient" or "buffer"."""
+
+    name: str
+    kind: str
+    absolute: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found. Prints as a table, worst first."""
+
+    ok: bool
+    loss: float
+    loss_reference: float
+    loss_difference: float
+    worst: Difference
+    differences: tuple[Difference, ...]
+    loss_tolerance: float
+    tolerance: float
+    plan: Plan = field(repr=False)
+
+    def __str__(self) -> str:
+        mesh = " x ".join(f"{axis}={size}" for axis, size in self.plan.mesh.items())
+        verdict = "equal" if self.ok else "DIFFERENT"
+        lines = [
+            f"{self.plan.model} on {mesh}, {self.plan.microbatches} microbatches, {self.plan.schedule}: {verdict} to the untouched model",
+            f"loss {self.loss:.9g}, untouched {self.loss_reference:.9g}, difference {self.loss_difference:.3g} (tolerance {self.loss_tolerance:.0e} relative)",
+        ]
+        shown = sorted(self.differences, key=lambda d: -d.relative)
+        rows = [(d.name, d.kind, f"{d.absolute:.3g}", f"{d.relative:.3g}", "" if d.relative <= self.tolerance else "differs") for d in shown[:12]]
+        lines.append(tabulate(rows, headers=("tensor", "kind", "absolute", "relative", ""), disable_numparse=True))
+        if len(shown) > 12:
+            lines.append(f"and {len(shown) - 12} more, all within {shown[12].relative:.3g} (tolerance {self.tolerance:.0e})")
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    loss_tolerance: float | None = None,
+    tolerance: float | None = None,
+    **options: Any,
+) -> Report:
+    """Compare one step on tp x pp ranks with the untouched model on the same batch: loss, every gradient, every buffer.
+
+    Takes the options of `parallelize`. Tolerances are relative; by default 1e-6 for the loss and 1e-5 for gradients and buffers in
+    fp32, 4e-2 in bf16. The model is not modified. WeightsMissing for a model on the meta device.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise WeightsMissing("verify has to run the model, and it is on the meta device", use="a model with weights (random ones will do)")
+    args, kwargs = _arguments(example_inputs)
+    par = parallelize(model, example_inputs, tp=tp, pp=pp, loss_fn=loss_fn, **options)
+    assert par._traced is not None
+    if par._traced.loss is None:
+        raise BadArgument("there is no loss to compare", why="the model returns none", use="loss_fn=..., or example inputs with labels")
+    reference = copy.deepcopy(model)
+    reference.zero_grad()
+    expected = _reference_loss(par, reference, args, kwargs, loss_fn)
+    expected.backward()
+    loss = par.step(*args, **kwargs)
+    ranks = par._ranks()
+    assert isinstance(ranks, ThreadedRanks)
+    first_names = dict(reference.named_parameters(remove_duplicate=True))
+    largest = max((p.grad.abs().max().item() for p in first_names.values() if p.grad is not None and p.grad.numel()), default=0.0)
+    differences = []
+    for name, parameter in first_names.items():
+        if name in par.plan.parameter_notation:
+            differences.append(_compare(name, "gradient", ranks.whole(name, "grad"), parameter.grad, FLOOR * largest))
+        elif parameter.grad is not None and parameter.grad.abs().max() > 0:
+            differences.append(Difference(name, "gradient", parameter.grad.abs().max().item(), 1.0))
+    held = {name for stage in par.plan.stages for name in stage.buffers}
+    for name, buffer in reference.named_buffers():
+        if name in held:
+            differences.append(_compare(name, "buffer", ranks.whole(name), buffer, 0.0))
+    par.close()
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    loose = LOW_PRECISION_TOLERANCE.get(dtype)
+    loss_tolerance = loss_tolerance if loss_tolerance is not None else loose or LOSS_TOLERANCE
+    tolerance = tolerance if tolerance is not None else loose or GRADIENT_TOLERANCE
+    off = abs(loss.item() - expected.item())
+    worst = max(differences, key=lambda d: d.relative, default=Difference("", "none", 0.0, 0.0))
+    ok = off <= loss_tolerance * max(1.0, abs(expected.item())) and all(d.relative <= tolerance for d in differences)
+    return Report(ok, loss.item(), expected.item(), off, worst, tuple(differences), loss_tolerance, tolerance, par.plan)
+
+
+def _reference_loss(par: Any, reference: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_fn: Callable[..., Any] | None) -> torch.Tensor:
+    bound, targets = par._traced.signature.bind(args, kwargs)
+    output = reference(*bound.args, **bound.kwargs)
+    if loss_fn is not None:
+        return loss_fn(output, *targets.values())
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, Mapping) and "loss" in output:
+        return output["loss"]
+    return output.loss if isinstance(getattr(output, "loss", None), torch.Tensor) else output[0]
+
+
+def _compare(name: str, kind: str, found: torch.Tensor | None, expected: torch.Tensor | None, floor: float) -> Difference:
+    if found is None or expected is None:
+        there = found if found is not None else expected
+        size = there.abs().max().item() if there is not None and there.numel() else 0.0
+        return Difference(name, kind, size, 0.0 if size == 0.0 else 1.0)
+    if expected.numel() == 0:
+        return Difference(name, kind, 0.0, 0.0)
+    found, expected = found.double(), expected.double()
+    if not torch.isfinite(expected).all():
+        same = torch.equal(torch.nan_to_num(found), torch.nan_to_num(expected))
+        return Difference(name, kind, 0.0 if same else float("inf"), 0.0 if same else float("inf"))
+    absolute = (found - expected).abs().max().item()
+    scale = max(expected.abs().max().item(), floor)
+    return Difference(name, kind, absolute, absolute / scale if scale else (0.0 if absolute == 0.0 else float("inf")))

@@ -61,7 +61,7 @@ class _Rank:
 
     def __init__(self, job: _Job, results: queue.SimpleQueue[tuple[int, Any, BaseException | None]]) -> None:
         self.job, self.results = job, results
-        self.orders: queue.SimpleQueue[tuple[str, Any, int] | None] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[tuple[str, Any, int, bool] | None] = queue.SimpleQueue()
         self.worker: Worker | None = None
         self.thread = threading.Thread(target=self._run, name=f"autopar rank {job.rank}", daemon=True)
         self.thread.start()
@@ -71,13 +71,14 @@ class _Rank:
         if self.job.device.type == "cuda":
             torch.cuda.set_device(self.job.device)
         while (order := self.orders.get()) is not None:
-            method, argument, num_threads = order
+            method, argument, num_threads, training = order
             result, failure = None, None
             try:
                 if torch.get_num_threads() != num_threads:
                     torch.set_num_threads(num_threads)
                 if self.worker is None:
                     self.worker = self.job.worker()
+                self.worker.train(training)
                 result = getattr(self.worker, method)(argument)
             except BaseException as error:
                 failure = error
@@ -162,9 +163,7 @@ class ThreadRanks:
             self._end = weakref.finalize(self, _end, self._ranks)
         num_threads = torch.get_num_threads()
         for rank in self._ranks:
-            if rank.worker is not None:
-                rank.worker.train(self._training)
-            rank.orders.put((method, batch, num_threads))
+            rank.orders.put((method, batch, num_threads, self._training))
         results: list[Any] = [None] * self.num_ranks
         failures: dict[int, BaseException] = {}
         try:

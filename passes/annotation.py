@@ -6,7 +6,7 @@ Grammar of an annotation, `"b t k, n k -> b t n"`:
 - `name`: a dim; the same name everywhere means the same dim. A name that the results lack is summed over;
 - `[name]`: a dim that must stay whole;
 - `...`: any leading dims, aligned from the right and broadcasting (a dim of size 1 does not take part in a split);
-- `(a b c)`: one dim that is the product of several, outermost first; splitting `b` splits each of its `a` blocks;
+- `(a b c)`: one dim that is the product of several, outermost first; splitting `b` splits each of its `a` blocks; `([a] b)`: only `b`;
 - `(q + k + v)`: one dim that is the concatenation of several, which are split together, each in itself;
 - `1`: a dim of size 1.
 
@@ -56,6 +56,7 @@ def _parse_pattern(text: str, rank: int) -> tuple[tuple[Dim, ...], frozenset[str
             joined = "+" in token
             names = tuple(re.findall(r"\w+", token))
             dims.append(Dim(names, joined))
+            whole.update(re.findall(r"\[(\w+)\]", token))
         elif token.startswith("["):
             dims.append(Dim((token[1:-1],)))
             whole.add(token[1:-1])

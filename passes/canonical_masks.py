@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from passes.canonical_rewrite import Builder, argument, op_name, rewrite
+from passes.grouped_heads import MASK_FOLDED
 from passes.ir import TensorType, is_trainable, size_expr, tensor_type
 
 aten = torch.ops.aten
@@ -151,6 +152,6 @@ def fold_causal_masks(graph: fx.Graph) -> fx.Graph:
             return builder.copy(node, args, kwargs)
         dropout = argument(node, "dropout_p")
         rest = {name: value for name, value in kwargs.items() if name not in ("attn_mask", "dropout_p", "is_causal")}
-        return builder.copy(node, (*args[:3], None, dropout, True), rest, size_limits=limits)
+        return builder.copy(node, (*args[:3], None, dropout, True), rest, size_limits=limits, **{MASK_FOLDED: True})
 
     return rewrite(graph, rule)

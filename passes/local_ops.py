@@ -1,4 +1,5 @@
-"""Ops that need more than their shard: what one rank computes when the vocabulary of an embedding or of a cross entropy is split.
+"""Ops that need more than their shard: what one rank computes when the vocabulary of an embedding or of a cross entropy is split, or
+the channels of a batch norm.
 
 Each is the `local=` rewrite of one rule. They talk to an `Axis` and are called by emitted programs.
 """
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from passes.placement import Shard, local_shard, whole_tensor
 from passes.reshard import Axis
 
 
@@ -31,6 +33,25 @@ def sharded_embedding(weight: torch.Tensor, indices: torch.Tensor, axis: Axis, *
     if keep is not None:
         rows = torch.where((local == keep).unsqueeze(-1), rows.detach(), rows)
     return rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+
+
+def sharded_batch_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None, running_var: torch.Tensor | None, axis: Axis, *, training: bool, momentum: float, eps: float,
+) -> torch.Tensor:  # fmt: skip
+    """Batch norm of this rank's channels. The running statistics are whole on every rank and are kept so: what a rank has learnt of its
+    channels is told to the others (one all_gather of both).
+    """
+    if running_mean is None or running_var is None:
+        return F.batch_norm(x, None, None, weight, bias, training, momentum, eps)
+    states = torch.stack([running_mean, running_var])
+    mine = local_shard(states, Shard(1), axis_size=axis.size, coord=axis.coord).contiguous()
+    result = F.batch_norm(x, mine[0], mine[1], weight, bias, training, momentum, eps)
+    if training:
+        states = whole_tensor(axis.all_gather(mine).unbind(0), Shard(1))
+        running_mean.copy_(states[0])
+        running_var.copy_(states[1])
+    return result
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):

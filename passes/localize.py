@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.grouped_heads import group_heads
 from passes.ir import is_kept, is_trainable, output_types, tensor_inputs, tensor_type
 from passes.placement import Copied, Placement, Replicate, Shard
 from passes.reshard import find_reshard
@@ -53,6 +54,7 @@ class _Localizer:
                 self._annotate(self.copies[node], node)
         self._loss_whole()
         fuse_biases(self.graph)
+        group_heads(self.graph)
         self.graph.eliminate_dead_code(is_impure_node=is_kept)
         return fx.GraphModule(self.module, self.graph)
 

@@ -22,7 +22,7 @@ Segments = int | tuple[int, ...]
 
 
 class Axis(Protocol):
-    """One mesh axis as a rank sees it. Tensors passed in are contiguous; `all_reduce` works in place and returns its argument."""
+    """One mesh axis as a rank sees it. Tensors passed in are contiguous and left as they are."""
 
     name: str
     size: int
@@ -64,19 +64,19 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.axis.all_reduce(grads[0].clone(memory_format=torch.contiguous_format)), None
+        return ctx.axis.all_reduce(grads[0].contiguous()), None
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, axis: Axis, partial_gradient: bool) -> torch.Tensor:
         ctx.axis, ctx.partial_gradient = axis, partial_gradient
-        return axis.all_reduce(x.clone(memory_format=torch.contiguous_format))
+        return axis.all_reduce(x.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         if ctx.partial_gradient:
-            return ctx.axis.all_reduce(grads[0].clone(memory_format=torch.contiguous_format)), None, None
+            return ctx.axis.all_reduce(grads[0].contiguous()), None, None
         return grads[0], None, None
 
 

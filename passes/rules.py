@@ -22,46 +22,19 @@ import torch
 from torch import fx
 
 from costmodel.errors import BadArgument
-from passes.annotation import Binding, Cut, bind, factor
-from passes.ir import Size, TensorType, output_types, size_expr, tensor_inputs, tensor_type
-from passes.local_ops import sharded_cross_entropy, sharded_embedding
+from passes import patterns
+from passes.annotation import Binding, Cut, bind
+from passes.ir import Size
+from passes.local_ops import sharded_batch_norm, sharded_cross_entropy, sharded_embedding
+from passes.patterns import NONE, Call, Op, Pattern, call_of, elementwise, loss, reduce, spatial, whole_dims
 from passes.placement import COPIED, PARTIAL, REPLICATE, Placement, Shard
 
+__all__ = ["RULES", "Call", "Local", "Op", "OpRule", "Strategy", "call_of", "register", "strategies"]
+
 aten = torch.ops.aten
-Op = Any  # torch._ops.OpOverload has no public name
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call as a rule sees it: arguments with tensors replaced by their types, sizes by their expressions."""
-
-    op: Op
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    inputs: tuple[TensorType, ...]
-    outputs: tuple[TensorType, ...]
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument by position or keyword."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
-
-
-def call_of(node: fx.Node) -> Call:
-    """The call of a node."""
-
-    def plain(arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            return tensor_type(arg) if tensor_type(arg) is not None else size_expr(arg)
-        if isinstance(arg, (list, tuple)):
-            return tuple(plain(item) for item in arg)
-        return arg
-
-    inputs = tuple(value for value in map(tensor_type, tensor_inputs(node)) if value is not None)
-    kwargs = {key: plain(value) for key, value in node.kwargs.items()}
-    return Call(node.target, tuple(plain(arg) for arg in node.args), kwargs, inputs, output_types(node))
-
-
-Annotation = str | Callable[[Call], "str | tuple[str, tuple[tuple[str, Size], ...]]"]
+Annotation = str | Pattern
 Rewrite = Callable[[fx.Node], tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
 
 
@@ -109,160 +82,6 @@ class Strategy:
         return any(isinstance(p, Shard) for p in (*self.inputs, *self.outputs))
 
 
-# ---- annotations that depend on the call ---------------------------------------------------------------------------
-
-
-def _elementwise(call: Call) -> str:
-    return ", ".join(["..."] * len(call.inputs)) + " -> " + ", ".join(["..."] * len(call.outputs))
-
-
-def _reshape(call: Call) -> tuple[str, tuple[tuple[str, Size], ...]]:
-    return factor(call.inputs[0].shape, call.outputs[0].shape)
-
-
-def _names(count: int, prefix: str = "d") -> list[str]:
-    return [f"{prefix}{k}" for k in range(count)]
-
-
-def _permute(call: Call) -> str:
-    rank = len(call.inputs[0].shape)
-    names, order = _names(rank), list(range(rank))
-    if call.op is aten.permute.default:
-        order = [dim % rank for dim in call.args[1]]
-    elif call.op is aten.t.default:
-        order = order[::-1]
-    else:
-        first, second = (dim % rank for dim in call.args[1:3])
-        order[first], order[second] = order[second], order[first]
-    return " ".join(names) + " -> " + " ".join(names[dim] for dim in order)
-
-
-def _expand(call: Call) -> str:
-    source, target = call.inputs[0].shape, call.outputs[0].shape
-    names = _names(len(target))
-    offset = len(target) - len(source)
-    new = [f"[{n}]" if k < offset or source[k - offset] != target[k] else n for k, n in enumerate(names)]
-    return " ".join("1" if source[k] == 1 else names[k + offset] for k in range(len(source))) + " -> " + " ".join(new)
-
-
-def _whole_dims(call: Call, dims: Sequence[int], outputs: int = 1) -> str:
-    rank = len(call.inputs[0].shape)
-    whole = {dim % rank for dim in dims} if rank else set()
-    pattern = " ".join(f"[{name}]" if k in whole else name for k, name in enumerate(_names(rank)))
-    return f"{pattern} -> " + ", ".join([pattern] * outputs)
-
-
-def _whole_dim_argument(call: Call) -> str:
-    return _whole_dims(call, [call.argument(1, "dim", -1)])
-
-
-def _reduce(call: Call) -> str:
-    rank = len(call.inputs[0].shape)
-    dims = call.argument(1, "dim", None)
-    reduced = set(range(rank)) if not dims and dims != 0 else {dim % rank for dim in ((dims,) if isinstance(dims, int) else dims)}
-    keep = len(call.outputs[0].shape) == rank and bool(reduced)
-    left = " ".join(f"[{n}]" if k in reduced else n for k, n in enumerate(_names(rank)))
-    right = [("1" if keep else "") if k in reduced else n for k, n in enumerate(_names(rank))]
-    return f"{left} -> {' '.join(n for n in right if n)}"
-
-
-def _sum(call: Call) -> str:
-    return _reduce(call).replace("[", "").replace("]", "")
-
-
-def _split(call: Call) -> str:
-    rank = len(call.inputs[0].shape)
-    dim = call.argument(2, "dim", 0) % rank
-    names = _names(rank)
-    parts = _names(len(call.outputs), "part")
-    source = [f"({' + '.join(parts)})" if k == dim and len(parts) > 1 else parts[0] if k == dim else n for k, n in enumerate(names)]
-    return " ".join(source) + " -> " + ", ".join(" ".join(part if k == dim else n for k, n in enumerate(names)) for part in parts)
-
-
-def _cat(call: Call) -> str:
-    rank = len(call.inputs[0].shape)
-    dim = call.argument(1, "dim", 0) % rank
-    names = _names(rank)
-    parts = _names(len(call.inputs), "part")
-    target = [f"({' + '.join(parts)})" if k == dim and len(parts) > 1 else parts[0] if k == dim else n for k, n in enumerate(names)]
-    return ", ".join(" ".join(part if k == dim else n for k, n in enumerate(names)) for part in parts) + " -> " + " ".join(target)
-
-
-def _slice(call: Call) -> str:
-    rank = len(call.inputs[0].shape)
-    dim = call.argument(1, "dim", 0) % rank
-    left = " ".join("[whole]" if k == dim else n for k, n in enumerate(_names(rank)))
-    right = " ".join("[part]" if k == dim else n for k, n in enumerate(_names(rank)))
-    return f"{left} -> {right}"
-
-
-def _select(call: Call) -> str:
-    rank = len(call.inputs[0].shape)
-    dim = call.argument(1, "dim", 0) % rank
-    names = _names(rank)
-    return " ".join("[whole]" if k == dim else n for k, n in enumerate(names)) + " -> " + " ".join(n for k, n in enumerate(names) if k != dim)
-
-
-def _layer_norm(call: Call) -> str:
-    normalized = " ".join(f"[n{k}]" for k in range(len(call.args[1])))
-    return ", ".join([f"... {normalized}"] + [normalized] * (len(call.inputs) - 1)) + f" -> ... {normalized}"
-
-
-def _embedding(call: Call) -> str:
-    indices = " ".join(_names(len(call.inputs[1].shape), "i"))
-    return f"v c, {indices} -> {indices} c"
-
-
-def _matmul(call: Call) -> str:
-    left, right = (len(value.shape) for value in call.inputs)
-    return f"{'... m k' if left > 1 else 'k'}, {'... k n' if right > 1 else 'k'} -> {'...' if max(left, right) > 2 else ''} {'m' if left > 1 else ''} {'n' if right > 1 else ''}"
-
-
-def _attention(call: Call) -> tuple[str, tuple[tuple[str, Size], ...]] | str:
-    query, key = call.inputs[0].shape, call.inputs[1].shape
-    if len(query) != 4:
-        return ", ".join(["... [t] [d]", "... [s] [d]", "... [s] [e]", "... [t] [s]"][: len(call.inputs)]) + " -> ... [t] [e]"
-    grouped = query[1] != key[1]
-    q_heads = "(h g)" if grouped else "h"
-    patterns = [f"b {q_heads} [t] [d]", "b h [s] [d]", "b h [s] [e]"]
-    if len(call.inputs) > 3:
-        mask = call.inputs[3].shape
-        lead = {2: "", 3: f"{q_heads} ", 4: f"b {q_heads} "}[len(mask)]
-        patterns.append(_ones(f"{lead}[t] [s]", mask))
-    return ", ".join(patterns) + f" -> b {q_heads} [t] [e]"
-
-
-def _ones(pattern: str, shape: Sequence[Size]) -> str:
-    """The pattern with `1` wherever the shape has a dim of size 1 (broadcast)."""
-    tokens = pattern.replace("(h g)", "(h_g)").split()
-    return " ".join("1" if size == 1 else token for token, size in zip(tokens, shape, strict=True)).replace("(h_g)", "(h g)")
-
-
-def _all_whole(call: Call) -> str:
-    """Nothing may be split."""
-    sides = [[" ".join(f"[x{k}_{d}]" for d in range(len(v.shape))) for k, v in enumerate(values)] for values in (call.inputs, call.outputs)]
-    return f"{', '.join(sides[0])} -> {', '.join(sides[1]).replace('x', 'y')}"
-
-
-def _cross_entropy(call: Call) -> str:
-    if len(call.inputs) > 2:  # class weights: stay whole
-        return _all_whole(call)
-    rank = len(call.inputs[0].shape)
-    extra = " ".join(f"[x{k}]" for k in range(rank - 2))
-    logits = f"[n] c {extra}" if rank > 1 else "c"
-    target = f"[n] {extra}" if rank > 1 else ""
-    result = target if len(call.outputs[0].shape) else ""
-    return f"{logits}, {target} -> {result}"
-
-
-def _add_is_linear(call: Call) -> str:
-    return "sum" if len(call.inputs) == 2 else ""
-
-
-def _multiply_is_linear(call: Call) -> str:
-    return "each"
-
-
 # ---- what one rank computes where its shard is not enough ------------------------------------------------------------
 
 
@@ -270,6 +89,12 @@ def _rewrite_embedding(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ..
     weight, indices, *rest = node.args
     padding_idx = rest[0] if rest else node.kwargs.get("padding_idx", -1)
     return sharded_embedding, (weight, indices, "axis"), {} if padding_idx == -1 else {"padding_idx": padding_idx}
+
+
+def _rewrite_batch_norm(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return sharded_batch_norm, (*(given[name] for name in names[:5]), "axis"), {name: given[name] for name in names[5:]}
 
 
 def _rewrite_cross_entropy(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -284,19 +109,37 @@ def _rewrite_cross_entropy(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any
 # ---- the table --------------------------------------------------------------------------------------------------------
 
 _UNARY = (
-    "abs", "acos", "asin", "atan", "ceil", "cos", "cosh", "elu", "erf", "exp", "expm1", "floor", "gelu", "hardsigmoid", "hardswish",
-    "hardtanh", "isnan", "leaky_relu", "log", "log1p", "log2", "log_sigmoid", "logical_not", "bitwise_not", "mish", "reciprocal",
-    "relu", "relu6", "round", "rsqrt", "selu", "sigmoid", "sign", "silu", "sin", "sinh", "softplus", "sqrt", "square", "tan", "tanh",
-    "clamp", "clamp_min", "clamp_max", "dropout", "isinf", "isfinite",
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bitwise_not", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "cos",
+    "cosh", "digamma", "dropout", "elu", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor", "frac", "gelu", "hardshrink",
+    "hardsigmoid", "hardswish", "hardtanh", "isfinite", "isinf", "isnan", "leaky_relu", "lgamma", "log", "log10", "log1p", "log2",
+    "log_sigmoid", "logical_not", "logit", "mish", "nan_to_num", "reciprocal", "relu", "relu6", "round", "rsqrt", "selu", "sigmoid",
+    "sign", "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "sqrt", "square", "tan", "tanh", "threshold", "trunc",
+    "pow.Tensor_Scalar", "pow.Scalar", "eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar",
+    "remainder.Scalar", "fmod.Scalar", "rsub.Scalar", "add.Scalar", "sub.Scalar", "floor_divide.Scalar", "div.Scalar_mode",
+    "bitwise_and.Scalar", "bitwise_or.Scalar", "bitwise_xor.Scalar", "bitwise_left_shift.Tensor_Scalar",
+    "bitwise_right_shift.Tensor_Scalar", "ones_like", "full_like", "empty_like",
 )  # fmt: skip
-_UNARY_SCALAR = ("pow.Tensor_Scalar", "pow.Scalar", "eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar",
-                 "remainder.Scalar", "fmod.Scalar", "rsub.Scalar", "add.Scalar", "sub.Scalar")  # fmt: skip
-_BINARY = ("eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "maximum", "minimum", "pow.Tensor_Tensor",
-           "atan2", "fmod.Tensor", "remainder.Tensor", "bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor",
-           "logical_and", "logical_or", "logical_xor", "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar",
-           "masked_fill.Scalar", "masked_fill.Tensor", "addcmul", "addcdiv", "lerp.Tensor", "lerp.Scalar")  # fmt: skip
-_LINEAR_UNARY = ("neg", "clone", "detach", "alias", "contiguous", "to.dtype", "to.dtype_layout", "to.device", "_to_copy", "type_as",
-                 "mul.Scalar", "div.Scalar", "zeros_like", "positive")  # fmt: skip
+_BINARY = (
+    "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "maximum", "minimum", "max.other", "min.other",
+    "fmax", "fmin", "pow.Tensor_Tensor", "atan2", "hypot", "logaddexp", "fmod.Tensor", "remainder.Tensor", "floor_divide",
+    "div.Tensor_mode", "rsub.Tensor", "bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor", "logical_and", "logical_or",
+    "logical_xor", "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor",
+    "addcmul", "addcdiv", "lerp.Tensor", "lerp.Scalar", "clamp.Tensor", "clamp_min.Tensor", "clamp_max.Tensor",
+)  # fmt: skip
+_LINEAR_UNARY = ("neg", "clone", "detach", "alias", "contiguous", "to.dtype", "to.dtype_layout", "to.device", "_to_copy", "mul.Scalar",
+                 "div.Scalar", "zeros_like", "positive", "broadcast_tensors")  # fmt: skip
+_SOFTMAX = ("softmax.int", "_softmax", "log_softmax.int", "_log_softmax", "cumprod", "logcumsumexp")
+_REDUCTIONS = ("amax", "amin", "argmax", "argmin", "max.dim", "min.dim", "any.dim", "any.dims", "all.dim", "all.dims", "prod.dim_int",
+               "logsumexp", "std.dim", "std.correction", "var.dim", "var.correction", "var_mean.dim", "var_mean.correction")  # fmt: skip
+_FULL_REDUCTIONS = ("max", "min", "any", "all", "prod", "std", "var", "var_mean", "linalg_vector_norm", "norm.Scalar")
+_LOSSES = (("mse_loss", 2), ("l1_loss", 2), ("smooth_l1_loss", 2), ("huber_loss", 2), ("kl_div", 2), ("soft_margin_loss", 2),
+           ("binary_cross_entropy", 3), ("binary_cross_entropy_with_logits", 4), ("poisson_nll_loss", 5))  # fmt: skip
+_POOLS = (("max_pool1d", 1), ("max_pool2d", 2), ("max_pool3d", 3), ("adaptive_max_pool1d", 1), ("adaptive_max_pool2d", 2),
+          ("max_pool1d_with_indices", 1), ("max_pool2d_with_indices", 2), ("pixel_shuffle", 3), ("pixel_unshuffle", 3))  # fmt: skip
+_LINEAR_POOLS = (("avg_pool1d", 1), ("avg_pool2d", 2), ("avg_pool3d", 3), ("adaptive_avg_pool1d", 1), ("adaptive_avg_pool2d", 2),
+                 ("upsample_nearest1d.vec", 1), ("upsample_nearest2d.vec", 2), ("upsample_linear1d.vec", 1),
+                 ("upsample_bilinear2d.vec", 2), ("upsample_bicubic2d.vec", 2), ("tril", 2), ("triu", 2))  # fmt: skip
+_WHOLE = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", "diagonal_scatter", "diag_embed", "bernoulli.p", "histc")  # fmt: skip
 
 
 def _op(name: str) -> Op:
@@ -309,62 +152,115 @@ def _exists(name: str) -> bool:
     return hasattr(aten, packet) and (overload or "default") in getattr(aten, packet).overloads()
 
 
+def _rows(names: Sequence[str], annotation: Annotation, linear: str = "") -> tuple[OpRule, ...]:
+    """A row for each op of the names that this torch has."""
+    return tuple(OpRule(_op(name), annotation, linear=linear) for name in names if _exists(name))
+
+
+def _linear_if(positions: int) -> Callable[[Call], str]:
+    """A sum of as many tensors: partial sums may stay so if no number is added besides."""
+    return lambda call: "sum" if len(call.inputs) == positions else ""
+
+
+def _linear_without_bias(call: Call) -> str:
+    return "each" if len(call.inputs) == 2 else ""
+
+
+def _linear_pad(call: Call) -> str:
+    return "sum" if call.argument(2, "mode", "constant") != "constant" or not call.argument(3, "value", None) else ""
+
+
 ELEMENTWISE: tuple[OpRule, ...] = (
-    *(OpRule(_op(name), _elementwise) for name in (*_UNARY, *_UNARY_SCALAR, *_BINARY) if _exists(name)),
-    *(OpRule(_op(name), _elementwise, linear="sum") for name in _LINEAR_UNARY if _exists(name)),
-    OpRule(aten.add.Tensor, _elementwise, linear=_add_is_linear),
-    OpRule(aten.sub.Tensor, _elementwise, linear=_add_is_linear),
-    OpRule(aten.mul.Tensor, _elementwise, linear=_multiply_is_linear),
-    OpRule(aten.div.Tensor, _elementwise, linear="first"),
+    *_rows((*_UNARY, *_BINARY), elementwise),
+    *_rows(_LINEAR_UNARY, elementwise, linear="sum"),
+    OpRule(aten.type_as.default, patterns.like_first),
+    OpRule(aten.prelu.default, patterns.per_channel),
+    OpRule(aten.add.Tensor, elementwise, linear=_linear_if(2)),
+    OpRule(aten.sub.Tensor, elementwise, linear=_linear_if(2)),
+    OpRule(aten.mul.Tensor, elementwise, linear="each"),
+    OpRule(aten.div.Tensor, elementwise, linear="first"),
 )
 
 VIEWS: tuple[OpRule, ...] = (
-    OpRule(aten.view.default, _reshape, linear="sum", sizes=1),
-    OpRule(aten.reshape.default, _reshape, linear="sum", sizes=1),
-    OpRule(aten._unsafe_view.default, _reshape, linear="sum", sizes=1),
-    OpRule(aten.unsqueeze.default, _reshape, linear="sum"),
-    OpRule(aten.squeeze.dim, _reshape, linear="sum"),
-    OpRule(aten.squeeze.default, _reshape, linear="sum"),
-    OpRule(aten.flatten.using_ints, _reshape, linear="sum"),
-    OpRule(aten.unflatten.int, _reshape, linear="sum", sizes=2),
-    OpRule(aten.expand.default, _expand, linear="sum", sizes=1),
-    OpRule(aten.transpose.int, _permute, linear="sum"),
-    OpRule(aten.permute.default, _permute, linear="sum"),
-    OpRule(aten.t.default, _permute, linear="sum"),
-    OpRule(aten.split_with_sizes.default, _split, linear="sum", sizes=1),
-    OpRule(aten.cat.default, _cat, linear="sum"),
-    OpRule(aten.slice.Tensor, _slice, linear="sum"),
-    OpRule(aten.select.int, _select, linear="sum"),
+    OpRule(aten.view.default, patterns.reshape, linear="sum", sizes=1),
+    OpRule(aten.reshape.default, patterns.reshape, linear="sum", sizes=1),
+    OpRule(aten._unsafe_view.default, patterns.reshape, linear="sum", sizes=1),
+    OpRule(aten.unsqueeze.default, patterns.reshape, linear="sum"),
+    OpRule(aten.squeeze.dim, patterns.squeeze, linear="sum"),
+    OpRule(aten.squeeze.dims, patterns.squeeze, linear="sum"),
+    OpRule(aten.squeeze.default, patterns.squeeze, linear="sum"),
+    OpRule(aten.flatten.using_ints, patterns.reshape, linear="sum"),
+    OpRule(aten.expand.default, patterns.expand, linear="sum", sizes=1),
+    OpRule(aten.repeat.default, patterns.repeat, linear="sum"),
+    OpRule(aten.repeat_interleave.self_int, patterns.repeat_interleave, linear="sum"),
+    OpRule(aten.transpose.int, patterns.permute, linear="sum"),
+    OpRule(aten.permute.default, patterns.permute, linear="sum"),
+    OpRule(aten.t.default, patterns.permute, linear="sum"),
+    OpRule(aten.split_with_sizes.default, patterns.split, linear="sum", sizes=1),
+    OpRule(aten.cat.default, patterns.cat, linear="sum"),
+    OpRule(aten.stack.default, patterns.stack, linear="sum"),
+    OpRule(aten.glu.default, patterns.glu),
+    OpRule(aten.slice.Tensor, whole_dims(at=1, default=0, resized=True), linear="sum"),
+    OpRule(aten.select.int, patterns.select, linear="sum"),
+    OpRule(aten.slice_scatter.default, patterns.slice_scatter, linear="sum"),
+    OpRule(aten.select_scatter.default, patterns.select_scatter, linear="sum"),
+    OpRule(aten.flip.default, whole_dims(name="dims"), linear="sum"),
+    OpRule(aten.roll.default, whole_dims(at=2, name="dims", default=()), linear="sum"),
+    OpRule(aten.pad.default, patterns.pad, linear=_linear_pad),
+    OpRule(aten.constant_pad_nd.default, patterns.pad),
 )
 
 CONTRACTIONS: tuple[OpRule, ...] = (
-    OpRule(aten.linear.default, lambda call: "... k, n k -> ... n" if len(call.inputs) == 2 else "... [k], n [k], n -> ... n", linear="each"),
+    OpRule(aten.linear.default, patterns.linear, linear=_linear_without_bias),
     OpRule(aten.mm.default, "m k, k n -> m n", linear="each"),
+    OpRule(aten.mv.default, "m k, k -> m", linear="each"),
+    OpRule(aten.dot.default, "k, k -> ", linear="each"),
+    OpRule(aten.outer.default, "m, n -> m n", linear="each"),
     OpRule(aten.bmm.default, "b m k, b k n -> b m n", linear="each"),
-    OpRule(aten.matmul.default, _matmul, linear="each"),
-    OpRule(aten.addmm.default, "n, m [k], [k] n -> m n"),
-    OpRule(aten.scaled_dot_product_attention.default, _attention),
+    OpRule(aten.matmul.default, patterns.matmul, linear="each"),
+    OpRule(aten.addmm.default, patterns.addmm),
+    OpRule(aten.baddbmm.default, patterns.baddbmm),
+    OpRule(aten.einsum.default, patterns.einsum, linear="each"),
+    OpRule(aten.scaled_dot_product_attention.default, patterns.attention),
+    OpRule(aten.conv1d.default, patterns.convolution, linear=_linear_without_bias),
+    OpRule(aten.conv2d.default, patterns.convolution, linear=_linear_without_bias),
+    OpRule(aten.conv3d.default, patterns.convolution, linear=_linear_without_bias),
 )
 
 REDUCTIONS: tuple[OpRule, ...] = (
-    OpRule(aten.sum.default, _sum, linear="sum"),
-    OpRule(aten.sum.dim_IntList, _sum, linear="sum"),
-    OpRule(aten.mean.default, _reduce, linear="sum"),
-    OpRule(aten.mean.dim, _reduce, linear="sum"),
-    OpRule(aten.amax.default, _reduce),
-    OpRule(aten.amin.default, _reduce),
-    OpRule(aten.softmax.int, _whole_dim_argument),
-    OpRule(aten._softmax.default, _whole_dim_argument),
-    OpRule(aten.log_softmax.int, _whole_dim_argument),
-    OpRule(aten._log_softmax.default, _whole_dim_argument),
-    OpRule(aten.cumsum.default, _whole_dim_argument, linear="sum"),
-    OpRule(aten.layer_norm.default, _layer_norm),
-    OpRule(aten.rms_norm.default, _layer_norm),
+    OpRule(aten.sum.default, patterns.summed, linear="sum"),
+    OpRule(aten.sum.dim_IntList, patterns.summed, linear="sum"),
+    OpRule(aten.mean.default, reduce(), linear="sum"),
+    OpRule(aten.mean.dim, reduce(), linear="sum"),
+    *_rows(_REDUCTIONS, reduce()),
+    *_rows(_FULL_REDUCTIONS, reduce(-1)),
+    OpRule(aten.linalg_vector_norm.default, reduce(2)),
+    OpRule(aten.norm.ScalarOpt_dim, reduce(2)),
+    *_rows(_SOFTMAX, whole_dims()),
+    OpRule(aten.cumsum.default, whole_dims(), linear="sum"),
+    OpRule(aten.layer_norm.default, patterns.layer_norm),
+    OpRule(aten.rms_norm.default, patterns.layer_norm),
+    OpRule(aten.group_norm.default, patterns.group_norm),
+    OpRule(aten.batch_norm.default, patterns.batch_norm, local={"c": Local(_rewrite_batch_norm, PARTIAL, all_reduces=1)}),
+    *(OpRule(_op(name), spatial(dims)) for name, dims in _POOLS if _exists(name)),
+    *(OpRule(_op(name), spatial(dims), linear="sum") for name, dims in _LINEAR_POOLS if _exists(name)),
 )
 
 LOOKUPS: tuple[OpRule, ...] = (
-    OpRule(aten.embedding.default, _embedding, local={"v": Local(_rewrite_embedding, PARTIAL)}),
-    OpRule(aten.cross_entropy_loss.default, _cross_entropy, local={"c": Local(_rewrite_cross_entropy, REPLICATE, all_reduces=2)}),
+    OpRule(aten.embedding.default, patterns.embedding, local={"v": Local(_rewrite_embedding, PARTIAL)}),
+    OpRule(aten.cross_entropy_loss.default, patterns.cross_entropy, local={"c": Local(_rewrite_cross_entropy, REPLICATE, all_reduces=2)}),
+    OpRule(aten.nll_loss_nd.default, patterns.nll_loss),
+    *(OpRule(_op(name), loss(at)) for name, at in _LOSSES),
+    OpRule(aten.index.Tensor, patterns.index),
+    OpRule(aten.index_select.default, patterns.index_select),
+    OpRule(aten.gather.default, patterns.by_index),
+    *_rows(("scatter.src", "scatter.value", "scatter_add", "scatter_reduce.two"), patterns.by_index),
+    OpRule(aten.one_hot.default, patterns.one_hot),
+    *_rows(("sort", "argsort"), whole_dims(default=-1)),
+    OpRule(aten.sort.stable, whole_dims(at=2)),
+    OpRule(aten.argsort.stable, whole_dims(at=2)),
+    OpRule(aten.topk.default, whole_dims(at=2, resized=True)),
+    *_rows(_WHOLE, patterns.all_whole),
 )
 
 RULES: dict[Op, OpRule] = {row.op: row for row in (*ELEMENTWISE, *VIEWS, *CONTRACTIONS, *REDUCTIONS, *LOOKUPS)}

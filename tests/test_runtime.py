@@ -356,13 +356,13 @@ class CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return ctx.axis.all_reduce(gradient.contiguous().clone()), None
+        return ctx.axis.all_reduce(gradient.contiguous()), None
 
 
 class AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis):
-        return axis.all_reduce(x.clone())
+        return axis.all_reduce(x)
 
     @staticmethod
     def backward(ctx, gradient):

@@ -4,7 +4,7 @@ Design note. The methods are called in the middle of a stage's forward and backw
 group object, without the checks, the logging and the group look-ups of torch.distributed's functions.
 
 On gloo the reductions are built from its all-to-all and a local sum in the order of coords. Measured with torch 2.13
-on two cores, CPU time summed over ranks: 256 KiB over 2 ranks 0.4 ms against 1.4 ms for gloo's own ring all_reduce,
+on two cores, CPU time summed over ranks, one run: 256 KiB over 2 ranks 0.38 ms against 0.50 ms for gloo's own ring all_reduce,
 over 4 ranks 1.8 ms against 7.2 ms: the ring takes 2 (n - 1) rounds of messages of several wake-ups each, this one or
 two. The result is the same on every rank to the bit, because every element is either summed in one place or
 everywhere in the same order.
@@ -92,11 +92,12 @@ class GroupAxis:
         return self._group
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """The sum over the axis, in place."""
+        """The sum over the axis, a new tensor."""
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
-        self._wait(self.group.allreduce, [tensor], options)
-        return tensor
+        total = tensor.clone()
+        self._wait(self.group.allreduce, [total], options)
+        return total
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[*shape] of each rank -> [size, *shape]."""
@@ -147,13 +148,13 @@ class GlooAxis(GroupAxis):
         return received
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """The sum over the axis, in place."""
+        """The sum over the axis, a new tensor."""
         combine = _COMBINE[op]
         if tensor.numel() == 0:
-            return tensor
+            return tensor.clone()
         if self.size == 2:
             other = self._exchange(tensor).view(tensor.shape)
-            return combine(tensor, other, out=tensor)
+            return combine(tensor, other, out=other)
         flat = tensor.view(-1)
         if flat.nbytes <= _ONE_ROUND_BYTES:
             received = self._exchange(flat)
@@ -161,8 +162,7 @@ class GlooAxis(GroupAxis):
             total = combine(rows[0], rows[1])
             for row in rows[2:]:
                 combine(total, row, out=total)
-            flat.copy_(total)
-            return tensor
+            return total.view(tensor.shape)
         piece = -(-flat.numel() // self.size)
         padding = piece * self.size - flat.numel()
         padded = torch.cat([flat, flat.new_zeros(padding)]) if padding else flat
@@ -171,8 +171,7 @@ class GlooAxis(GroupAxis):
         for row in slices[2:]:
             combine(total, row, out=total)
         whole = self.all_gather(total).view(-1)
-        flat.copy_(whole[: flat.numel()] if padding else whole)
-        return tensor
+        return (whole[: flat.numel()].clone() if padding else whole).view(tensor.shape)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[*shape] of each rank -> [size, *shape]."""

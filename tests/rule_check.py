@@ -1,0 +1,267 @@
+"""The proof of a row of RULES: run one call in every legal way, shard by shard, and compare with the whole op, forward and gradient.
+
+Every strategy goes through the localize pass as in a real plan. Arguments are cut from whole random tensors as their placements say,
+results and gradients are put together by the meaning of theirs (the table in passes/placement.py), all in float64.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from passes.annotation import Binding, Cut
+from passes.ir import TensorType, tensor_inputs
+from passes.localize import localize
+from passes.patterns import call_of
+from passes.placement import COPIED, PARTIAL, REPLICATE, Placement, Shard, local_shard, whole_tensor
+from passes.rules import RULES, OpRule, Strategy, strategies
+from passes.shard import ShardPlan
+from tests.rank_threads import rank_threads
+
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A random tensor argument. kind: "normal", "unit" (in 0.1..0.9), "buffer" (no gradient), "below" (ints below `high`), "flags"."""
+
+    shape: tuple[int, ...]
+    kind: str = "normal"
+    high: int = 0
+
+    def make(self, generator: torch.Generator) -> Tensor:
+        if self.kind == "below":
+            return torch.randint(0, self.high, self.shape, generator=generator)
+        if self.kind == "flags":
+            return torch.rand(self.shape, generator=generator) < 0.5
+        if self.kind == "unit":
+            return torch.rand(self.shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+        values = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        return values.abs() if self.kind == "buffer" else values
+
+
+def f(*shape: int) -> Spec:
+    return Spec(shape)
+
+
+def unit(*shape: int) -> Spec:
+    return Spec(shape, "unit")
+
+
+def buffer(*shape: int) -> Spec:
+    return Spec(shape, "buffer")
+
+
+def below(high: int, *shape: int) -> Spec:
+    return Spec(shape, "below", high)
+
+
+def flags(*shape: int) -> Spec:
+    return Spec(shape, "flags")
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example call; Specs stand for tensors. `values=False`: the result is not defined, only its shape is."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    values: bool = True
+
+
+def call(*args: Any, values: bool = True, **kwargs: Any) -> Example:
+    return Example(args, kwargs, values)
+
+
+class Case:
+    """An example run whole: its graph of one node, its results and their gradients."""
+
+    def __init__(self, op: Any, example: Example) -> None:
+        self.example = example
+        self.generator = torch.Generator().manual_seed(0)
+        graph = fx.Graph()
+        self.specs: list[Spec] = []
+        self.tensors: list[Tensor] = []
+        self.holders: list[fx.Node] = []
+
+        def holder(arg: Any) -> Any:
+            if isinstance(arg, Spec):
+                tensor = arg.make(self.generator)
+                node = graph.placeholder(f"x{len(self.holders)}")
+                trains = arg.kind in ("normal", "unit")
+                node.meta = {"tensor": TensorType(tensor.dtype, tuple(tensor.shape)), "trainable": trains}
+                self.holders.append(node)
+                self.specs.append(arg)
+                self.tensors.append(tensor)
+                return node
+            if isinstance(arg, list):
+                return [holder(item) for item in arg]
+            return arg
+
+        args = tuple(holder(arg) for arg in example.args)
+        self.node = graph.call_function(op, args, {key: holder(value) for key, value in example.kwargs.items()})
+        assert tensor_inputs(self.node) == self.holders
+        graph.output(self.node)
+        self.differentiable = tuple(node.meta["trainable"] for node in self.holders)
+        self.after, self.results, grads = self._run(dict(zip(self.holders, self.tensors, strict=True)), graph, None)
+        self.trainable = any(result.requires_grad for result in self.results)
+        types = tuple(TensorType(result.dtype, tuple(result.shape)) for result in self.results)
+        single = isinstance(grads, Tensor)
+        self.node.meta = {"tensor": types[0]} if single else {"tensors": types}
+        self.node.meta["trainable"] = self.trainable
+        self.module = fx.GraphModule(torch.nn.Module(), graph)
+        self.gradients = [
+            torch.randn(result.shape, generator=self.generator, dtype=torch.float64) if result.requires_grad else None for result in self.results
+        ]
+        self.input_gradients = self._gradients(self.after, self.results, self.gradients)
+
+    def _run(self, values: dict[fx.Node, Any], graph: fx.Graph, axis: Any) -> tuple[list[Tensor], list[Tensor], Any]:
+        """Arguments after the call (updated in place, perhaps), results, and the results as they came."""
+        arguments = []
+        for node, differentiable in zip([n for n in graph.nodes if n.op == "placeholder"], self.differentiable, strict=True):
+            values[node] = values[node].detach().clone().requires_grad_(differentiable)
+            arguments.append(values[node])
+        for node in graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*(axis if arg == "tp" else arg for arg in args), **kwargs)
+            elif node.op == "output":
+                result = values[node.args[0]]
+        results = [result] if isinstance(result, Tensor) else list(result)
+        return arguments, results, result
+
+    def _gradients(self, arguments: Sequence[Tensor], results: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradient of each argument; zeros where none flows, None where none could."""
+        flowing = [(result, gradient) for result, gradient in zip(results, gradients, strict=True) if gradient is not None and result.requires_grad]
+        wanted = [tensor for tensor in arguments if tensor.requires_grad]
+        found: list[Tensor | None] = [None] * len(wanted)
+        if flowing and wanted:
+            outputs, weights = zip(*flowing, strict=True)
+            found = list(torch.autograd.grad(outputs, wanted, weights, allow_unused=True))
+        grads = iter(zip(found, wanted, strict=True))
+        return [
+            (torch.zeros_like(tensor) if gradient is None else gradient) if argument.requires_grad else None
+            for argument, (gradient, tensor) in ((a, next(grads) if a.requires_grad else (None, a)) for a in arguments)
+        ]
+
+    def strategies(self, rule: OpRule, axis_size: int) -> list[Strategy]:
+        return strategies(
+            rule, call_of(self.node), axis_size=axis_size, differentiable=self.differentiable, result_differentiable=self.trainable,
+            cuts=lambda binding, group: _cuts(binding, group, axis_size), splittable=lambda size: True,
+        )  # fmt: skip
+
+    def _summands(self, tensor: Tensor, count: int) -> list[Tensor]:
+        parts = [torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64).to(tensor.dtype) for _ in range(count - 1)]
+        return [*parts, tensor - sum(parts)]  # type: ignore[list-item]
+
+    def _spread(self, tensor: Tensor, placement: Placement, axis_size: int) -> list[Tensor]:
+        """What each rank holds of a value."""
+        if placement == PARTIAL:
+            return self._summands(tensor, axis_size)
+        return [local_shard(tensor, placement, axis_size=axis_size, coord=coord).contiguous() for coord in range(axis_size)]
+
+    def check(self, strategy: Strategy, axis_size: int) -> None:
+        """AssertionError unless the strategy computes what the whole op does."""
+        plan = ShardPlan(
+            "tp", axis_size, {self.node: strategy},
+            {(node, 0): p for node, p in zip(self.holders, strategy.inputs, strict=True)} | {(self.node, k): p for k, p in enumerate(strategy.outputs)},
+            0.0,
+        )  # fmt: skip
+        graph = localize(self.module, plan).graph
+        pieces = [self._spread(tensor.detach(), p, axis_size) for tensor, p in zip(self.tensors, strategy.inputs, strict=True)]
+        gradients = [
+            self._spread(g, DUAL[type(p)] if not isinstance(p, Shard) else p, axis_size) if g is not None else [None] * axis_size
+            for g, p in zip(self.gradients, strategy.outputs, strict=True)
+        ]
+        holders = [node for node in graph.nodes if node.op == "placeholder"]
+
+        def run(axis: Any, coord: int | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+            coord = axis.coord if coord is None else coord
+            arguments, results, _ = self._run({node: piece[coord] for node, piece in zip(holders, pieces, strict=True)}, graph, axis)
+            mine = [gradient[coord] for gradient in gradients]
+            for result, gradient in zip(results, mine, strict=True):
+                assert gradient is None or result.shape == gradient.shape, f"a result of shape {tuple(result.shape)} on a rank, not {tuple(gradient.shape)}"
+            return arguments, results, self._gradients(arguments, results, mine)  # type: ignore[arg-type]
+
+        try:
+            ranks = rank_threads(axis_size).run(run) if strategy.local else [run(None, coord) for coord in range(axis_size)]
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise AssertionError(f"fails on a rank: {error}") from error
+        for k, (whole, placement) in enumerate(zip(self.results, strategy.outputs, strict=True)):
+            self._compare(f"result {k}", [results[k].detach() for _, results, _ in ranks], placement, whole.detach(), self.example.values)
+        for k, (whole, placement) in enumerate(zip(self.after, strategy.inputs, strict=True)):
+            if placement != PARTIAL:
+                self._compare(f"argument {k} afterwards", [arguments[k].detach() for arguments, _, _ in ranks], placement, whole.detach())
+        for k, (gradient, placement) in enumerate(zip(self.input_gradients, strategy.inputs, strict=True)):
+            if gradient is not None:
+                self._compare(f"gradient of argument {k}", [grads[k] for _, _, grads in ranks], DUAL.get(type(placement), placement), gradient)
+
+    @staticmethod
+    def _compare(what: str, pieces: list[Tensor], placement: Placement, whole: Tensor, values: bool = True) -> None:
+        if placement in (REPLICATE, COPIED):
+            together = pieces
+        else:
+            shapes = {tuple(piece.shape) for piece in pieces}
+            assert len(shapes) == 1, f"{what}: shapes {shapes}"
+            try:
+                together = [whole_tensor(pieces, placement)]
+            except RuntimeError as error:
+                raise AssertionError(f"{what}: {error}") from error
+        for one in together:
+            assert one.shape == whole.shape and one.dtype == whole.dtype, f"{what}: {one.dtype} {tuple(one.shape)}, whole {whole.dtype} {tuple(whole.shape)}"
+            if values and whole.numel():
+                scale = max(1.0, whole.abs().max().item()) if whole.is_floating_point() else 1.0
+                difference = (one.double() - whole.double()).abs().max().item()
+                assert difference <= TOLERANCE * scale, f"{what} differs by {difference:.1e}"
+
+
+# what a gradient's pieces mean, by the placement of its value
+DUAL: dict[type, Placement] = {type(REPLICATE): REPLICATE, type(COPIED): PARTIAL, type(PARTIAL): REPLICATE}
+
+
+def _cuts(binding: Binding, group: tuple[str, ...], axis_size: int) -> list[Cut]:
+    """Whole, in equal blocks, and in blocks of different sizes."""
+    size = binding.sizes[group[0]]
+    assert isinstance(size, int)
+    cuts = [Cut()]
+    if len(group) == 1:
+        blocks = next((k for k in range(2, size) if size % k == 0 and size // k % axis_size == 0), None)
+        cuts += [Cut(blocks)] if blocks else []
+        first = size - axis_size
+        cuts += [Cut((first, axis_size))] if first > axis_size and first % axis_size == 0 else []
+    return cuts
+
+
+def check(rule: OpRule, example: Example, axis_size: int) -> set[tuple[str, ...]]:
+    """Every strategy of the row for one example; the names that were split. AssertionError names the first strategy that is wrong.
+
+    Also if a name whose size is a multiple of `axis_size` was not split at all.
+    """
+    case = Case(rule.op, example)
+    known = RULES.get(rule.op)
+    split: set[tuple[str, ...]] = set()
+    for strategy in case.strategies(rule, axis_size):
+        try:
+            RULES[rule.op] = rule  # localize looks its row up: where arguments spell sizes
+            case.check(strategy, axis_size)
+        except AssertionError as error:
+            raise AssertionError(f"{rule.op}{example.args} {example.kwargs}, {axis_size} ranks, {strategy}: {error}") from error
+        finally:
+            if known is None:
+                del RULES[rule.op]
+            else:
+                RULES[rule.op] = known
+        split |= {strategy.split} if strategy.split else set()
+    binding = rule.binding(call_of(case.node))
+    for group in binding.choices:
+        sizes = [binding.sizes[name] for name in group]
+        assert group in split or any(size % axis_size or size == 0 for size in sizes), f"{rule.op}: {group} of {sizes} was never split"
+    return split
+
+
+__all__ = ["Case", "Example", "Spec", "below", "buffer", "call", "check", "f", "flags", "operator", "unit"]

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 
 import sympy
 import torch
+from torch.utils._sympy import functions as size_functions
 
 from costmodel.errors import BadPlan, UnevenShard
 from passes.ir import DTYPE_NAMES, DTYPES, Size, TensorType, size_symbol
@@ -176,12 +177,17 @@ _TOKEN = re.compile(r"\([^()]*(?:\([^()]*\)[^()]*)*\)(?:/\w+)?|[^\s()]+(?:\([^()
 _SUFFIX = re.compile(r"\s*partial\((\w+)\)\s*$")
 
 
-def _parse_size(text: str) -> Size:
+# The integer functions that torch puts into size expressions, by the names that they print under.
+_SIZE_FUNCTIONS = {name: kind for name, kind in vars(size_functions).items() if isinstance(kind, type) and issubclass(kind, sympy.Basic)}
+
+
+def parse_size(text: str) -> Size:
+    """The size that was printed: "128", "2*T", "Max(1, T//2)". BadPlan if it is none."""
     if re.fullmatch(r"\d+", text):
         return int(text)
-    names = {name: size_symbol(name) for name in re.findall(r"[A-Za-z_]\w*", text)}
+    names = {name: size_symbol(name) for name in re.findall(r"\b[A-Za-z_]\w*\b(?!\()", text)}
     try:
-        expr = sympy.sympify(text, locals=names)
+        expr = sympy.sympify(text, locals={**_SIZE_FUNCTIONS, **names})
     except (sympy.SympifyError, SyntaxError, TypeError) as error:
         raise BadPlan(f"cannot read the size {text!r}") from error
     return int(expr) if expr.is_Integer else expr
@@ -198,7 +204,7 @@ def _parse_dim(text: str, dim: int, axes: Sequence[str]) -> tuple[Size, tuple[st
 
     if not (text.startswith("(") and text.endswith(")")) or not any(f"/{axis}" in text for axis in axes):
         size_text, axis = split_axis(text)
-        size = _parse_size(size_text)
+        size = parse_size(size_text)
         return size, ((axis, Shard(dim)) if axis else None)
     inner = text[1:-1].strip()
     if " + " in inner:
@@ -214,7 +220,7 @@ def _parse_dim(text: str, dim: int, axes: Sequence[str]) -> tuple[Size, tuple[st
     found: str | None = None
     for part in inner.split():
         size_text, axis = split_axis(part)
-        size = _parse_size(size_text)
+        size = parse_size(size_text)
         total = total * size
         if axis:
             found = axis

@@ -1,11 +1,14 @@
 """Graphs as JSON: what a saved plan holds of its stages. Only names and numbers; loading one runs no code of its own.
 
-Call targets are looked up by name: ATen and other registered ops, `operator` functions on sizes, the collectives of `passes.reshard`
-and the rewrites of `passes.local_ops`. BadPlan for anything else.
+Call targets are looked up by name: ATen and other registered ops, functions on sizes (`operator`, `builtins`, `math`), the collectives of
+`passes.reshard` and the rewrites of `passes.local_ops`. BadPlan for anything else.
 """
 
 from __future__ import annotations
 
+import builtins
+import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,22 +19,24 @@ from torch import fx
 
 from costmodel.errors import BadPlan
 from passes import local_ops, reshard
-from passes.ir import DTYPE_NAMES, DTYPES, Origin, is_state, origin, size_expr, size_symbol, tensor_type
+from passes.ir import DTYPE_NAMES, DTYPES, Origin, is_state, origin, size_expr, tensor_type
 from passes.localize import sharding
-from passes.placement import local_type, parse_type, type_text
+from passes.placement import local_type, parse_size, parse_type, type_text
 
-_MODULES: Mapping[str, Any] = {"operator": operator, "reshard": reshard, "local_ops": local_ops}
-_FUNCTIONS = {"operator": ("mul", "add", "sub", "floordiv", "mod", "truediv", "neg", "pow", "getitem"),
-              "reshard": tuple(row.function.__name__ for row in reshard.RESHARDS),
-              "local_ops": ("sharded_embedding", "sharded_cross_entropy")}  # fmt: skip
+_MODULES: Mapping[str, Any] = {"operator": operator, "builtins": builtins, "math": math, "reshard": reshard, "local_ops": local_ops}
+_FUNCTIONS = {
+    "operator": ("mul", "add", "sub", "floordiv", "mod", "truediv", "neg", "pow", "getitem"),
+    "builtins": ("int", "float", "max", "min", "abs", "round"),
+    "math": ("trunc", "ceil", "floor", "sqrt", "log", "log2", "exp"),
+    "reshard": tuple(row.function.__name__ for row in reshard.RESHARDS),
+    "local_ops": tuple(n for n, f in inspect.getmembers(local_ops, inspect.isfunction) if f.__module__ == local_ops.__name__ and n[0] != "_"),
+}
 
 
 def target_name(target: Any) -> str:
     """The name of a call target in JSON: "aten.linear.default", "operator.mul", "reshard.all_reduce"."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
-    if target is int:
-        return "int"
     for module, names in _FUNCTIONS.items():
         for name in names:
             if getattr(_MODULES[module], name, None) is target:
@@ -40,8 +45,6 @@ def target_name(target: Any) -> str:
 
 
 def _target(name: str) -> Callable[..., Any]:
-    if name == "int":
-        return int
     module, _, rest = name.partition(".")
     if module in _FUNCTIONS and rest in _FUNCTIONS[module]:
         return getattr(_MODULES[module], rest)
@@ -89,7 +92,7 @@ def _arg_from_json(arg: Any, nodes: Mapping[str, fx.Node]) -> Any:
     return readers[kind](value)
 
 
-_FLAGS = ("trainable", "loss", "kind", "loss_share", "received", "persistent")
+_FLAGS = ("trainable", "loss", "kind", "loss_share", "received", "persistent", "mutates")
 
 
 def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -108,6 +111,8 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
         kind, size, where = tensor_type(node), size_expr(node), origin(node)
         if kind is not None:
             record["type"] = type_text(kind, sharding(node))
+        if "tensors" in node.meta:
+            record["types"] = [type_text(value, {}) for value in node.meta["tensors"]]
         if size is not None:
             record["size"] = str(size)
         if where != Origin():
@@ -138,7 +143,9 @@ def graph_from_json(records: Sequence[Mapping[str, Any]], axis_sizes: Mapping[st
             kind, placements = parse_type(record["type"], tuple(axis_sizes))
             node.meta |= {"tensor": kind, "sharding": placements}
         if "size" in record:
-            node.meta["size"] = sympy.sympify(record["size"], locals={"B": size_symbol("B"), "T": size_symbol("T"), "S": size_symbol("S")})
+            node.meta["size"] = sympy.sympify(parse_size(record["size"]))
+        if "types" in record:
+            node.meta["tensors"] = tuple(parse_type(text, ())[0] for text in record["types"])
         if "origin" in record:
             node.meta["origin"] = Origin(*record["origin"])
         node.meta |= {flag: record[flag] for flag in _FLAGS if flag in record}

@@ -25,19 +25,21 @@ if TYPE_CHECKING:
     from autopar.plan import Plan, StagePlan
 
 TYPE_COLUMN = 84
-_INFIX = {operator.mul: "*", operator.add: "+", operator.sub: "-", operator.floordiv: "//", operator.mod: "%", operator.truediv: "/"}
+_INFIX = {
+    operator.mul: "*", operator.add: "+", operator.sub: "-", operator.floordiv: "//", operator.mod: "%", operator.truediv: "/", operator.pow: "**",
+}  # fmt: skip
 
 
 def _size_text(node: fx.Node, outer: bool = False) -> str:
     """A size as an expression over the size arguments."""
     if node.op == "placeholder":
         return node.name
-    if node.target is int:
+    if node.target is int and not isinstance(node.args[0], fx.Node):
         return str(node.args[0])
-    parts = [_size_text(arg, outer=True) if isinstance(arg, fx.Node) else repr(arg) for arg in node.args]
     symbol = _INFIX.get(node.target)  # type: ignore[arg-type]
-    if symbol is None or len(parts) != 2:
-        return f"{target_name(node.target)}({', '.join(parts)})"
+    parts = [_size_text(arg, outer=symbol is not None) if isinstance(arg, fx.Node) else repr(arg) for arg in node.args]
+    if symbol is None:
+        return f"{target_name(node.target).removeprefix('builtins.')}({', '.join(parts)})"
     text = f" {symbol} ".join(parts)
     return f"({text})" if outer else text
 
@@ -262,7 +264,8 @@ def emit_program(plan: Plan, rank: int) -> str:
         f'Emitted by autopar from {plan.model} (plan {plan.identity}).\n"""',
         "\n".join(
             [
-                *(["import torch"] if "torch." in text else []),
+                *(["import math"] if "math." in text else []),
+                *(["import torch"] if "torch." in text or "aten." in text else []),
                 *(["import torch.nn.functional as F"] if " F." in text or "(F." in text else []),
                 "",
                 *_import_lines(imports),
@@ -276,8 +279,6 @@ def emit_program(plan: Plan, rank: int) -> str:
     if weights_text:
         body += "\n\n" + weights_text + "\n"
     body += "\n\n" + _schedule_text(schedule) + "\n"
-    if "aten." in text and "import torch\n" not in body:
-        body = body.replace("\nimport torch.nn.functional as F", "\nimport torch\nimport torch.nn.functional as F", 1)
     return body
 
 

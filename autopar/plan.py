@@ -114,7 +114,7 @@ class Plan:
         if not 0 <= rank < self.num_ranks:
             raise BadArgument(f"the plan has no rank {rank}", use=f"0 to {self.num_ranks - 1}")
         coords: dict[str, int] = {}
-        for name, size in reversed(self.mesh.items()):
+        for name, size in reversed(list(self.mesh.items())):
             rank, coords[name] = divmod(rank, size)
         return {name: coords[name] for name in self.mesh}
 
@@ -258,9 +258,11 @@ class Plan:
         try:
             mesh = dict(values["mesh"])
             stages = tuple(_stage_from_json(record, mesh) for record in values["stages"])
+            plain = ("model", "fingerprint", "num_parameters", "microbatches", "schedule", "hardware", "tied_exact")
+            given: dict[str, Any] = {name: values[name] for name in plain}
+            given |= {name: dict(values[name]) for name in ("sizes", "inputs", "aliases", "collectives")}
             return cls(
-                **{name: values[name] for name in ("model", "fingerprint", "num_parameters", "microbatches", "schedule", "hardware", "tied_exact")},
-                **{name: dict(values[name]) for name in ("sizes", "inputs", "aliases", "collectives")},
+                **given,
                 mesh=mesh,
                 parameter_notation=dict(values["weights"]),
                 predicted=Prediction(**values["predicted"]),

@@ -78,15 +78,14 @@ def mesh_text(plan: Plan) -> str:
 def title(plan: Plan) -> list[str]:
     """Two lines: what is planned, and what one step should take."""
     predicted = plan.predicted
-    ranks = f"{plan.num_ranks} rank{'s' if plan.num_ranks > 1 else ''}"
     split = f"{plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''}"
-    sizes = ", ".join(f"{name}={value}" for name, value in plan.sizes.items())
+    batch = ", ".join(f"{name} = {value}" for name, value in plan.sizes.items())
+    rate, unit = (predicted.tflops_per_gpu, "TFLOP/s") if predicted.tflops_per_gpu >= 0.1 else (predicted.tflops_per_gpu * 1e3, "GFLOP/s")
     return [
-        f"{plan.model}: {count_text(plan.num_parameters)} parameters on {mesh_text(plan)} = {ranks}, "
-        f"{split}{f' of the batch {sizes}' if sizes else ''}, schedule {plan.schedule}, {plan.hardware} (plan {plan.identity})",
-        f"{predicted.basis}: {seconds_text(predicted.step_seconds)} a step, {predicted.bubble_fraction * 100:.0f}% bubble, "
-        f"{seconds_text(predicted.communication_seconds)} of communication, {bytes_text(predicted.peak_bytes)} peak a rank, "
-        f"{_three(predicted.tflops_per_gpu)} TFLOP/s a device ({predicted.mfu * 100:.1f}% of its peak)",
+        f"{plan.model}: {count_text(plan.num_parameters)} parameters, {mesh_text(plan)}, {split}, {plan.schedule}, {plan.hardware}, {predicted.basis}",
+        f"plan {plan.identity}: {seconds_text(predicted.step_seconds)} a step{f' of {batch}' if batch else ''}, "
+        f"{predicted.bubble_fraction * 100:.0f}% bubble, {seconds_text(predicted.communication_seconds)} of communication, "
+        f"{bytes_text(predicted.peak_bytes)} peak a rank, {_three(rate)} {unit} a device ({predicted.mfu * 100:.1f}% of its peak)",
     ]
 
 
@@ -187,15 +186,25 @@ def _wrapped(text: str, indent: str = "", first: str = "") -> str:
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = (), widths: Sequence[int | None] = ()) -> str:
     """A table no wider than its `widths` ask for: longer cells go over several lines."""
-    cells = [
-        ["\n".join(textwrap.wrap(cell, width, break_on_hyphens=False) or [""]) if width else cell for cell, width in zip(row, widths, strict=True)]
-        if widths
-        else list(row)
-        for row in rows
-    ]  # fmt: skip
+    widths = widths or (None,) * len(headers)
+    cells = [[_broken(cell, width) if width else cell for cell, width in zip(row, widths, strict=True)] for row in rows]
     align = ["right" if k in right else "left" for k in range(len(headers))]
     text = tabulate(cells, headers=headers, colalign=align if rows else None, disable_numparse=True, tablefmt="simple")
     return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def _broken(cell: str, width: int) -> str:
+    """A cell in lines of at most `width`: between words, then after the dots of a long name."""
+    words = [piece for word in cell.split() for piece in ([word] if len(word) <= width else re.findall(r"[^.]+\.?", word))]
+    lines, joined = [""], True
+    for word in words:
+        space = "" if joined else " "
+        if lines[-1] and len(lines[-1]) + len(space) + len(word) > width:
+            lines.append("")
+            space = ""
+        lines[-1] += space + word
+        joined = word.endswith(".")
+    return "\n".join(lines)
 
 
 def plan_text(plan: Plan) -> str:
@@ -215,7 +224,9 @@ def plan_text(plan: Plan) -> str:
         + _table(headers, stages, right=(3, 4, 5, 6, 7), widths=(None, 13, _LAYERS_WIDTH, *(None,) * 5))
     )
     weights = [(row.name, row.placement, row.meaning) for row in weight_rows(plan)]
-    parts.append("WEIGHTS\n" + _table(("parameter", "placement", "what it means"), weights, widths=(46, 30, 40)))
+    placement_width, meaning_width = (min(most, max((len(row[k]) for row in weights), default=0)) for k, most in ((1, 32), (2, 40)))
+    widths = (WIDTH - placement_width - meaning_width - 4, placement_width, meaning_width)
+    parts.append("WEIGHTS\n" + _table(("parameter", "placement", "what it means"), weights, widths=widths))
     transfers = transfer_table(plan)
     if transfers:
         rows = [

@@ -36,13 +36,13 @@ def minimise(domains: Sequence[int], factors: Sequence[tuple[tuple[int, ...], to
             touching[variable].append(len(tables))
             neighbours[variable].update(variables)
         tables.append((variables, table))
-    for variable, near in enumerate(neighbours):
-        near.discard(variable)
+    for variable, around in enumerate(neighbours):
+        around.discard(variable)
 
     def weight(variable: int) -> int:
         return domains[variable] * prod(domains[near] for near in neighbours[variable])
 
-    heap = [(weight(variable), variable) for variable in range(len(domains))]
+    heap: list[tuple[int, int]] = [(weight(variable), variable) for variable in range(len(domains))]
     heapq.heapify(heap)
     done = [False] * len(domains)
     steps: list[tuple[int, tuple[int, ...], torch.Tensor]] = []

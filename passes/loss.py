@@ -114,7 +114,9 @@ class _Walk:
         if node.target in _PASS_THROUGH and not self._reshapes_rows(node):
             return self.visit(tensors[0])
         if node.target in _ADDITIONS and all(tensor_type(t) is not None and tensor_type(t).shape == () for t in tensors) and len(tensors) == 2:  # type: ignore[union-attr]
-            return [self.visit(t) for t in tensors][0]
+            for tensor in tensors:
+                self.visit(tensor)
+            return None
         if node.target in _SCALINGS:
             parametric = [t for t in tensors if t in self.parametric]
             rest = [t for t in tensors if t not in self.parametric]

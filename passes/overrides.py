@@ -78,6 +78,7 @@ class Overrides:
                 if not fnmatchcase(name, pattern):
                     continue
                 target = self._wanted(name, wanted, kind, mesh)
+                left: list[Placement]
                 if target is None:
                     left = [c for c in choices if not isinstance(c, Shard)]
                 elif isinstance(wanted, int):

@@ -248,9 +248,20 @@ def parse_type(text: str, axes: Sequence[str]) -> tuple[TensorType, dict[str, Pl
     if match is None or match[1] not in DTYPES:
         raise BadPlan(f"cannot read the type {text!r}; it should look like f32[B, T, 768/tp]")
     sharding: dict[str, Placement] = {axis: PARTIAL for axis in re.findall(r"partial\((\w+)\)", match[3])}
-    dims = [part.strip() for part in match[2].split(",") if part.strip()]
-    shape, sharding = _parse_dims(dims, sharding, axes)
+    shape, sharding = _parse_dims(_parts(match[2]), sharding, axes)
     return TensorType(DTYPES[match[1]], shape), sharding
+
+
+def _parts(text: str) -> list[str]:
+    """The dims between the commas that are in no parentheses."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _parse_dims(dims: Sequence[str], sharding: dict[str, Placement], axes: Sequence[str]) -> tuple[tuple[Size, ...], dict[str, Placement]]:

@@ -1,15 +1,15 @@
 """The shard pass: the cheapest legal placement of every value on one mesh axis, found from costs.
 
-The problem. Each call picks one of its rule's strategies; each parameter picks a placement. The objective is
+The problem. Each call picks one of its rule's strategies; each parameter picks a placement. The objective (`_Problem`) is
 
-    seconds of a microbatch, forward and backward (roofline of each call on its local shapes)       `_call_seconds`
-  + reshards between what a value has and what its users want, each distinct want paid once        `_reshard_factors`
-  + (gradient sums owed once a step + the optimizer's memory traffic) / microbatches               `_state_seconds`
-  + MEMORY_WEIGHT x (T / M) x bytes held: training state and activations kept for backward                         `_memory_seconds`
+    seconds of a microbatch, forward and backward: the roofline of each call on its local shapes    `_call_seconds`
+  + reshards between what a value has and what its users want, each distinct want paid once          `add_reshards`
+  + (gradient sums owed once a step + the optimizer's memory traffic) / microbatches                 `_state_seconds`
+  + MEMORY_WEIGHT x (T / M) x bytes held: training state, and activations kept for backward          `add_own_costs`
 
-T and M are the seconds and bytes of the unsplit model. The last term is the linearisation of time x memory: holding one percent
-less of the model's memory is worth one percent of its step, because memory is what tensor parallelism is bought for. It decides
-where time alone is indifferent (a vocabulary-split embedding of an untied model costs an all_reduce and saves a table).
+T and M are the seconds and bytes of the unsplit model. The last term is the linearisation of time x memory ** MEMORY_WEIGHT,
+because memory is what tensor parallelism is bought for. It decides where time alone is indifferent: a vocabulary-split embedding of
+an untied model costs an all_reduce and saves a table.
 
 The problem is solved exactly by `passes.elimination`. A value with several users gets one yes/no variable for each placement that
 some user might want, so that a want shared by three users (q, k and v) is paid for once.
@@ -36,15 +36,16 @@ from passes.annotation import Binding, Cut
 from passes.costs import Pricing, is_number
 from passes.elimination import minimise
 from passes.ir import Size, TensorType, calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
-from passes.placement import COPIED, PARTIAL, REPLICATE, Copied, Placement, Replicate, Shard
+from passes.placement import COPIED, REPLICATE, Copied, Placement, Shard
 from passes.reshard import collective_seconds
 from passes.rules import RULES, Call, Strategy, call_of, strategies
 
-# A user who asks for tp = n asks for a device to hold 1/n of the model; time decides between the ways of doing that. Small models, whose
-# steps are mostly latency, need a weight of 16 and more to be split at all; for large ones any weight from 1 to 32 gives the same plan.
+# A user who asks for tp = n asks for a device to hold 1/n of the model; time decides between the ways of doing that. Small
+# models, whose steps are mostly latency, need 16 and more to be split at all; for large ones 1 to 32 give the same plan.
 MEMORY_WEIGHT = 24.0
 
 Value = tuple[fx.Node, int]  # a tensor: the node that yields it and which of its results it is
+Users = dict[Value, list[tuple[fx.Node, tuple[int, ...]]]]  # of each value: the calls that use it, and in which argument slots
 Pins = Callable[[str, TensorType, Sequence[Placement]], Sequence[Placement]]
 
 
@@ -159,43 +160,164 @@ class Want:
 
 @dataclass
 class _Problem:
-    """Variables (domain = list of choices) and cost tables of one sharding problem."""
+    """Variables (each with its list of choices) and cost tables of one sharding problem, built node by node."""
 
     pricing: Pricing
     axis_size: int
     microbatches: int
     in_flight: int
-    split_data: bool = False
-    domains: list[list[Any]] = field(default_factory=list)
+    split_data: bool
+    calls: dict[fx.Node, Call]
+    cuts: _Cuts
+    choices: list[list[Any]] = field(default_factory=list)
     factors: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
-    costs: dict[Any, Any] = field(default_factory=dict)
+    variables: dict[fx.Node, int] = field(default_factory=dict)  # of calls and of parameters
+    fixed: dict[fx.Node, Strategy] = field(default_factory=dict)
+    _own: dict[int, list[tuple[float, float]]] = field(default_factory=dict)  # per variable and choice: seconds, bytes held
+    _costs: dict[Any, tuple[float, float]] = field(default_factory=dict)
+    _tables: dict[Any, torch.Tensor] = field(default_factory=dict)
+    _wants: dict[tuple[fx.Node, tuple[int, ...]], list[tuple[Want, ...]]] = field(default_factory=dict)
 
-    def variable(self, choices: Sequence[Any], costs: Sequence[float] | None = None) -> int:
-        self.domains.append(list(choices))
-        if costs is not None:
-            self.factors.append(((len(self.domains) - 1,), torch.tensor(costs, dtype=torch.float64)))
-        return len(self.domains) - 1
+    def _variable(self, choices: Sequence[Any]) -> int:
+        self.choices.append(list(choices))
+        return len(self.choices) - 1
 
-    def call_seconds(self, call: Call, differentiable: tuple[bool, ...], strategy: Strategy) -> tuple[float, float]:
+    # ---- choices and what each costs by itself ----------------------------------------------------------------------
+
+    def add_call(self, node: fx.Node, parametric: bool) -> None:
+        """One variable: the strategies of a call. What does not depend on parameters stays whole."""
+        call = self.calls[node]
+        if not parametric:
+            self.fixed[node] = Strategy((REPLICATE,) * len(call.inputs), (REPLICATE,) * len(call.outputs))
+            return
+        differentiable = tuple(is_trainable(arg) for arg in tensor_inputs(node))
+        splittable: Callable[[Size], bool] = (lambda size: True) if self.split_data else is_number
+        found = strategies(
+            RULES.get(node.target), call, axis_size=self.axis_size, differentiable=differentiable,
+            result_differentiable=is_trainable(node), cuts=self.cuts.for_call(node), splittable=splittable,
+        )  # fmt: skip
+        found = list(dict.fromkeys(found))
+        self.variables[node] = variable = self._variable(found)
+        self._own[variable] = []
+        for strategy in found:
+            seconds, num_bytes = self._call_seconds(call, differentiable, strategy)
+            self._own[variable].append((seconds, num_bytes * self.in_flight))
+
+    def _call_seconds(self, call: Call, differentiable: tuple[bool, ...], strategy: Strategy) -> tuple[float, float]:
         """(seconds forward and backward, bytes kept for backward) of one call under one strategy."""
-        cost = self.pricing.cost(call, differentiable, strategy, self.axis_size)
-        seconds = sum(self.pricing.seconds(cost, call.outputs[0]))
-        if strategy.local and strategy.local.all_reduces:
-            rows = self.pricing.num_bytes(call.inputs[-1])
-            link = self.pricing.link(self.axis_size)
-            seconds += strategy.local.all_reduces * collective_seconds("all_reduce", num_bytes=rows, axis_size=self.axis_size, link=link)
-        return seconds, float(cost.saved_bytes)
+        causal = call.argument(5, "is_causal")
+        key = (call.op, call.inputs, call.outputs, causal, differentiable, strategy.inputs, strategy.outputs)
+        if key not in self._costs:
+            cost = self.pricing.cost(call, differentiable, strategy, self.axis_size)
+            seconds = sum(self.pricing.seconds(cost, call.outputs[0]))
+            if strategy.local and strategy.local.all_reduces:
+                rows, link = self.pricing.num_bytes(call.inputs[-1]), self.pricing.link(self.axis_size)
+                once = collective_seconds("all_reduce", num_bytes=rows, axis_size=self.axis_size, link=link)
+                seconds += strategy.local.all_reduces * once
+            self._costs[key] = seconds, float(cost.saved_bytes)
+        return self._costs[key]
 
-    def state_seconds(self, value: TensorType, placement: Placement) -> tuple[float, float]:
-        """(seconds per microbatch, bytes) of holding and updating a trained parameter."""
-        count = self.pricing.num_bytes(value) // value.dtype.itemsize
+    def add_parameter(self, node: fx.Node, users: Users, pins: Pins | None) -> None:
+        """One variable: whole, whole with a gradient sum owed, or split in a way that some user can take."""
+        kind = tensor_type(node)
+        assert kind is not None
+        wanted = [w.placement for user, slots in users.get((node, 0), ()) for option in self.wants(user, slots) for w in option]
+        whole: list[Placement] = [REPLICATE, COPIED] if is_trainable(node) else [REPLICATE]
+        dims = self.cuts.of.get((node, 0))
+        found = [_with_unit(p, dims) for p in dict.fromkeys([*whole, *(w for w in wanted if isinstance(w, Shard))])]
+        if pins is not None:
+            found = list(pins(str(node.target), kind, found))
+        self.variables[node] = variable = self._variable(found)
+        self._own[variable] = [self._state_seconds(kind, placement, is_trainable(node)) for placement in found]
+
+    def _state_seconds(self, kind: TensorType, placement: Placement, trained: bool) -> tuple[float, float]:
+        """(seconds per microbatch, bytes) of holding a parameter and, if it is trained, updating it."""
+        count = self.pricing.num_bytes(kind) // kind.dtype.itemsize
         local = count // self.axis_size if isinstance(placement, Shard) else count
+        if not trained:
+            return 0.0, float(local * kind.dtype.itemsize)
         seconds = float(optimizer_seconds(local, self.pricing.hardware))
         if isinstance(placement, Copied):
-            seconds += collective_seconds(
-                "all_reduce", num_bytes=self.pricing.num_bytes(value), axis_size=self.axis_size, link=self.pricing.link(self.axis_size)
-            )
+            num_bytes, link = self.pricing.num_bytes(kind), self.pricing.link(self.axis_size)
+            seconds += collective_seconds("all_reduce", num_bytes=num_bytes, axis_size=self.axis_size, link=link)
         return seconds / self.microbatches, float(training_state_bytes(local))
+
+    def add_own_costs(self) -> None:
+        """Seconds plus the price of memory, time x memory linearised at the unsplit model (each variable's first choice)."""
+        seconds = sum(costs[0][0] for costs in self._own.values())
+        held = sum(costs[0][1] for costs in self._own.values())
+        price = MEMORY_WEIGHT * seconds / max(held, 1.0)
+        tie = 1e-9 * seconds / max(len(self._own), 1)  # between equals the first choice
+        for variable, costs in self._own.items():
+            table = [seconds + price * num_bytes + index * tie for index, (seconds, num_bytes) in enumerate(costs)]
+            self.factors.append(((variable,), torch.tensor(table, dtype=torch.float64)))
+
+    # ---- what passes between them -----------------------------------------------------------------------------------
+
+    def wants(self, node: fx.Node, slots: tuple[int, ...]) -> list[tuple[Want, ...]]:
+        """Per choice of a user: what it wants of the value in these argument slots."""
+        key = (node, slots)
+        if key not in self._wants:
+            found = self.choices[self.variables[node]] if node in self.variables else [self.fixed[node]]
+            activations = [k for k, arg in enumerate(tensor_inputs(node)) if is_trainable(arg) and not is_state(arg)]
+            joins = [sum(isinstance(strategy.inputs[k], Shard) for k in activations) > 1 for strategy in found]
+            self._wants[key] = [tuple(dict.fromkeys(Want(s.inputs[slot], j) for slot in slots)) for s, j in zip(found, joins, strict=True)]
+        return self._wants[key]
+
+    def offers(self, value: Value) -> list[Placement]:
+        """The placement of a value under each choice of its producer."""
+        variable = self.variables.get(value[0])
+        if variable is None:
+            return [REPLICATE]
+        return [choice.outputs[value[1]] if isinstance(choice, Strategy) else choice for choice in self.choices[variable]]
+
+    def add_whole(self, value: Value) -> None:
+        """The cost of making a value whole in the end (the loss)."""
+        variable = self.variables.get(value[0])
+        if variable is not None:
+            kind = output_types(value[0])[value[1]]
+            costs = [self.pricing.reshard_seconds(kind, p, REPLICATE, self.axis_size, True) for p in self.offers(value)]
+            self.factors.append(((variable,), torch.tensor(costs, dtype=torch.float64)))
+
+    def add_reshards(self, value: Value, consumers: Sequence[tuple[fx.Node, tuple[int, ...]]]) -> None:
+        """Cost tables of one value: each distinct placement that its users want is reached once, whoever shares it."""
+        kind, trainable = output_types(value[0])[value[1]], is_trainable(value[0])
+        have, producer = tuple(self.offers(value)), self.variables.get(value[0])
+
+        def cost(source: Placement, want: Want) -> float:
+            regroup = self.split_data or (want.joins and isinstance(source, Copied))
+            return self.pricing.reshard_seconds(kind, source, want.placement, self.axis_size, trainable, regroup)
+
+        wants = [(self.variables.get(user), self.wants(user, slots)) for user, slots in consumers]
+        if len(wants) == 1:
+            user, options = wants[0]
+            self._add(
+                (producer, user), ("pair", kind, trainable, have, tuple(options)),
+                lambda: [[sum(cost(h, w) for w in option) for option in options] for h in have],
+            )  # fmt: skip
+            return
+        for want in dict.fromkeys(w for _, options in wants for option in options for w in option):
+            from_each = [cost(h, want) for h in have]
+            if any(from_each):
+                self._add_shared(want, from_each, producer, wants)
+
+    def _add_shared(
+        self, want: Want, from_each: Sequence[float], producer: int | None, wants: Sequence[tuple[int | None, list[tuple[Want, ...]]]]
+    ) -> None:
+        """A yes/no variable: the value is also made to be as wanted. Yes costs the reshard; a user that wants it needs a yes."""
+        flag = self._variable([False, True])
+        self._add((producer, flag), ("reach", tuple(from_each)), lambda: [[0.0, seconds] for seconds in from_each])
+        for user, options in wants:
+            needs = tuple(want in option for option in options)
+            if any(needs):
+                self._add((user, flag), ("needs", needs), lambda needs=needs: [[float("inf") if n else 0.0, 0.0] for n in needs])  # type: ignore[misc]
+
+    def _add(self, variables: tuple[int | None, ...], key: tuple[Any, ...], make: Callable[[], list[list[float]]]) -> None:
+        """A table over variables; None stands for something with one choice only. Equal tables are made once."""
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(make(), dtype=torch.float64)
+        index = tuple(slice(None) if v is not None else 0 for v in variables)
+        self.factors.append((tuple(v for v in variables if v is not None), self._tables[key][index]))
 
 
 def shard(
@@ -208,108 +330,39 @@ def shard(
     NoLegalSharding if the pins leave no assignment.
     """
     graph = module.graph
-    parametric = depends_on_parameters(graph)
-    nodes = [node for node in calls(graph) if is_call(node)]
-    call_by_node = {node: call_of(node) for node in nodes}
-    bindings: dict[fx.Node, Binding] = {}
-    unruled: list[fx.Node] = []
-    for node in nodes:
-        rule = RULES.get(node.target)
-        if node not in parametric:
-            continue
-        if rule is None:
-            unruled.append(node)
-            continue
-        bindings[node] = rule.binding(call_by_node[node])
+    nodes = {node: call_of(node) for node in calls(graph) if is_call(node)}
     if axis_size == 1:
-        chosen = {node: Strategy((REPLICATE,) * len(c.inputs), (REPLICATE,) * len(c.outputs)) for node, c in call_by_node.items()}
-        return ShardPlan(axis, 1, chosen, {}, 0.0, ())
-    cuts = _Cuts(bindings)
-    problem = _Problem(pricing, axis_size, microbatches, in_flight, split_data)
-    splittable: Callable[[Size], bool] = (lambda size: True) if split_data else is_number
-
-    # one variable per call: its strategies, with seconds and kept bytes
-    variables: dict[fx.Node, int] = {}
-    fixed: dict[fx.Node, Strategy] = {}
-    own: dict[int, list[tuple[float, float]]] = {}
+        whole = {node: Strategy((REPLICATE,) * len(c.inputs), (REPLICATE,) * len(c.outputs)) for node, c in nodes.items()}
+        return ShardPlan(axis, 1, whole, {}, 0.0)
+    parametric = depends_on_parameters(graph)
+    bindings = {node: RULES[node.target].binding(call) for node, call in nodes.items() if node in parametric and node.target in RULES}
+    unruled = tuple(node for node in nodes if node in parametric and node.target not in RULES)
+    problem = _Problem(pricing, axis_size, microbatches, in_flight, split_data, nodes, _Cuts(bindings))
+    users: Users = {}
     for node in nodes:
-        call = call_by_node[node]
-        if node not in parametric:
-            fixed[node] = Strategy((REPLICATE,) * len(call.inputs), (REPLICATE,) * len(call.outputs))
-            continue
-        differentiable = tuple(is_trainable(arg) for arg in tensor_inputs(node))
-        choices = strategies(
-            RULES.get(node.target), call, axis_size=axis_size, differentiable=differentiable,
-            result_differentiable=is_trainable(node), cuts=cuts.for_call(node), splittable=splittable,
-        )  # fmt: skip
-        choices = list(dict.fromkeys(choices))
-        variables[node] = problem.variable(choices)
-        own[variables[node]] = [_cached(problem, call, differentiable, strategy) for strategy in choices]
-
-    # who uses each value, and what each of the user's strategies wants of it
-    users: dict[Value, list[tuple[fx.Node, tuple[int, ...]]]] = {}
-    for node in nodes:
+        problem.add_call(node, node in parametric)
         slots: dict[Value, list[int]] = {}
         for slot, arg in enumerate(tensor_inputs(node)):
             slots.setdefault(value_of(arg), []).append(slot)
         for value, positions in slots.items():
             users.setdefault(value, []).append((node, tuple(positions)))
-
-    def wants(node: fx.Node, slots: tuple[int, ...]) -> list[tuple[Want, ...]]:
-        choices = problem.domains[variables[node]] if node in variables else [fixed[node]]
-        activations = [k for k, arg in enumerate(tensor_inputs(node)) if is_trainable(arg) and not is_state(arg)]
-        found = []
-        for strategy in choices:
-            joins = sum(isinstance(strategy.inputs[k], Shard) for k in activations) > 1
-            found.append(tuple(dict.fromkeys(Want(strategy.inputs[slot], joins) for slot in slots)))
-        return found
-
-    # one variable per parameter
-    state: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        value = tensor_type(node)
-        if not is_state(node) or value is None or node.meta.get("kind") != "parameter":
-            continue
-        wanted = [w for user, slots in users.get((node, 0), []) for option in wants(user, slots) for w in option]
-        shards = [w.placement for w in wanted if isinstance(w.placement, Shard)]
-        candidates = list(dict.fromkeys([REPLICATE, *([COPIED] if is_trainable(node) else []), *shards]))
-        candidates = [_with_unit(c, cuts.of.get((node, 0))) for c in candidates]
-        if pins is not None:
-            candidates = list(pins(str(node.target), value, candidates))
-        state[node] = problem.variable(candidates)
-        own[state[node]] = [problem.state_seconds(value, p) if is_trainable(node) else (0.0, float(pricing.num_bytes(value))) for p in candidates]
-
-    # time x memory, linearised at the unsplit model
-    unsplit_seconds = sum(costs[0][0] for costs in own.values())
-    unsplit_bytes = sum(costs[0][1] * (in_flight if k not in state.values() else 1) for k, costs in own.items())
-    price = MEMORY_WEIGHT * unsplit_seconds / max(unsplit_bytes, 1.0)
-    held_times = {k: (1 if k in set(state.values()) else in_flight) for k in own}
-    for variable, costs in own.items():
-        table = [seconds + price * num_bytes * held_times[variable] + index * 1e-9 * unsplit_seconds / len(own) for index, (seconds, num_bytes) in enumerate(costs)]
-        problem.factors.append(((variable,), torch.tensor(table, dtype=torch.float64)))
-
-    tables: dict[Any, torch.Tensor] = {}
+    parameters = [n for n in graph.nodes if is_state(n) and n.meta.get("kind") == "parameter" and tensor_type(n) is not None]
+    for node in parameters:
+        problem.add_parameter(node, users, pins)
+    problem.add_own_costs()
     for value, consumers in users.items():
-        producer = variables.get(value[0], state.get(value[0]))
-        have = _offers(problem, value, producer)
-        kind = output_types(value[0])[value[1]]
-        trainable = _carries_gradient(value[0])
-        _reshard_factors(problem, kind, trainable, have, producer, [(variables.get(user), wants(user, slots)) for user, slots in consumers], tables)
+        problem.add_reshards(value, consumers)
     if loss is not None:
-        value = value_of(loss)
-        producer = variables.get(value[0])
-        if producer is not None:
-            kind = output_types(value[0])[value[1]]
-            costs = [pricing.reshard_seconds(kind, p, REPLICATE, axis_size, True) for p in _offers(problem, value, producer)]
-            problem.factors.append(((producer,), torch.tensor(costs, dtype=torch.float64)))
+        problem.add_whole(value_of(loss))
 
-    assignment, objective = minimise([len(choices) for choices in problem.domains], problem.factors)
+    assignment, objective = minimise([len(choices) for choices in problem.choices], problem.factors)
     if objective == float("inf"):
         raise NoLegalSharding("no assignment of placements satisfies the overrides", why="two of them contradict each other or an op rule")
-    chosen = fixed | {node: problem.domains[k][assignment[k]] for node, k in variables.items()}
+    picked = {node: problem.choices[variable][assignment[variable]] for node, variable in problem.variables.items()}
+    chosen = problem.fixed | {node: pick for node, pick in picked.items() if isinstance(pick, Strategy)}
     placements: dict[Value, Placement] = {(node, index): p for node, s in chosen.items() for index, p in enumerate(s.outputs)}
-    placements |= {(node, 0): problem.domains[k][assignment[k]] for node, k in state.items()}
-    return ShardPlan(axis, axis_size, chosen, placements, objective, tuple(unruled))
+    placements |= {(node, 0): picked[node] for node in parameters}
+    return ShardPlan(axis, axis_size, chosen, placements, objective, unruled)
 
 
 def _with_unit(placement: Placement, dims: list[dict[Any, Cut]] | None) -> Placement:
@@ -318,69 +371,3 @@ def _with_unit(placement: Placement, dims: list[dict[Any, Cut]] | None) -> Place
         return placement
     cut = dims[placement.dim].get(placement.segments)
     return Shard(placement.dim, placement.segments, cut.unit) if cut else placement
-
-
-def _carries_gradient(node: fx.Node) -> bool:
-    return is_trainable(node)
-
-
-def _cached(problem: _Problem, call: Call, differentiable: tuple[bool, ...], strategy: Strategy) -> tuple[float, float]:
-    key = (call.op, call.inputs, call.outputs, call.argument(5, "is_causal"), differentiable, strategy.inputs, strategy.outputs)
-    if key not in problem.costs:
-        problem.costs[key] = problem.call_seconds(call, differentiable, strategy)
-    return problem.costs[key]
-
-
-def _offers(problem: _Problem, value: Value, producer: int | None) -> list[Placement]:
-    """The placement of a value under each choice of its producer."""
-    if producer is None:
-        return [REPLICATE]
-    return [choice.outputs[value[1]] if isinstance(choice, Strategy) else choice for choice in problem.domains[producer]]
-
-
-def _reshard_factors(
-    problem: _Problem, kind: TensorType, trainable: bool, have: list[Placement], producer: int | None,
-    consumers: list[tuple[int | None, list[tuple[Want, ...]]]], tables: dict[Any, torch.Tensor],
-) -> None:  # fmt: skip
-    """Cost tables of one value: each distinct placement that its users want is reached once, whoever shares it."""
-
-    def cost(source: Placement, want: Want) -> float:
-        joins = want.joins and isinstance(source, Copied)
-        return problem.pricing.reshard_seconds(kind, source, want.placement, problem.axis_size, trainable, problem.split_data or joins)
-
-    def add(variables: tuple[int | None, ...], key: Any, make: Callable[[], torch.Tensor]) -> None:
-        if key not in tables:
-            tables[key] = make()
-        table = tables[key]
-        present = tuple(v for v in variables if v is not None)
-        index = tuple(slice(None) if v is not None else 0 for v in variables)
-        problem.factors.append((present, table[index]))
-
-    if len(consumers) == 1:
-        user, options = consumers[0]
-        key = ("pair", kind, trainable, tuple(have), tuple(options))
-        add((producer, user), key, lambda: torch.tensor([[sum(cost(h, w) for w in option) for option in options] for h in have], dtype=torch.float64))
-        return
-    wanted = list(dict.fromkeys(w for _, options in consumers for option in options for w in option))
-    for want in wanted:
-        from_each = [cost(h, want) for h in have]
-        if not any(from_each):
-            continue
-        flag = problem.variable([False, True])
-        key = ("reach", kind, trainable, tuple(have), want)
-        add((producer, flag), key, lambda from_each=from_each: torch.tensor([[0.0, c] for c in from_each], dtype=torch.float64))  # type: ignore[misc]
-        for user, options in consumers:
-            needs = [want in option for option in options]
-            if any(needs):
-                key = ("needs", tuple(needs))
-                add((user, flag), key, lambda needs=needs: torch.tensor([[float("inf") if n else 0.0, 0.0] for n in needs], dtype=torch.float64))  # type: ignore[misc]
-
-
-def partial_gradients(plan: ShardPlan, graph: fx.Graph) -> tuple[str, ...]:
-    """The parameters whose gradients each rank holds a summand of: they are summed over the axis once a step."""
-    return tuple(str(n.target) for n in graph.nodes if is_state(n) and isinstance(plan.placement(n), Copied) and is_trainable(n))
-
-
-def is_split(placement: Placement) -> bool:
-    """True for a value that no rank holds whole."""
-    return not isinstance(placement, (Replicate, Copied)) or placement == PARTIAL

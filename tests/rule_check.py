@@ -21,7 +21,7 @@ from passes.patterns import call_of
 from passes.placement import COPIED, PARTIAL, REPLICATE, Placement, Shard, local_shard, whole_tensor
 from passes.rules import RULES, OpRule, Strategy, strategies
 from passes.shard import ShardPlan
-from tests.rank_threads import rank_threads
+from rank_threads import rank_threads
 
 TOLERANCE = 1e-10
 

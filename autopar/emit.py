@@ -8,6 +8,7 @@ for the title and COORDS.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -258,7 +259,7 @@ def emit_program(plan: Plan, rank: int) -> str:
         | ({"Receive"} if stage.receives else set()) | ({"Send"} if stage.sends else set())
     )  # fmt: skip
     shard = f", tensor shard {coords['tp']} of {plan.mesh['tp']}" if plan.mesh.get("tp", 1) > 1 else ""
-    text = "\n".join((class_text, weights_text))
+    text = re.sub(r"#.*", "", "\n".join((class_text, weights_text)))
     parts = [
         f'"""Rank {rank} of {plan.num_ranks}: pipeline stage {coords["pp"]} of {plan.mesh["pp"]}{shard}. '
         f'Emitted by autopar from {plan.model} (plan {plan.identity}).\n"""',

@@ -134,12 +134,8 @@ class Binding:
                 return None
             blocks = tuple(block // after for block in cut.segments)
             return Cut(len(blocks) if len(set(blocks)) == 1 else blocks, unit)
-        ratio = sympy.sympify(cut.segments) / before
-        if not ratio.is_integer:
-            return None
-        count: Size = int(ratio) if ratio.is_Integer else ratio
-        block = sympy.sympify(self.sizes[group[0]]) / count
-        return Cut(count, unit) if block.is_integer else None
+        count = _ratio(cut.segments, before)
+        return Cut(count, unit) if count is not None and _ratio(self.sizes[group[0]], count) is not None else None
 
     def concerned(self, pattern: tuple[Dim, ...], shape: tuple[Size, ...], group: tuple[str, ...]) -> tuple[int, Dim] | None:
         """The dim of a pattern that holds the group (a broadcast dim of size 1 does not)."""

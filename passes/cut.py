@@ -161,6 +161,9 @@ class _Line:
                 # a tuple result (split) crosses as its parts do; cutting between is never wanted
                 difference[self.position[node] + 1] += NEVER
                 difference[last + 1] -= NEVER
+        for start, end in self._pinned(graph):
+            difference[start + 1] += NEVER
+            difference[end + 1] -= NEVER
         running = 0
         for k in range(count + 1):
             running += difference[k]
@@ -174,6 +177,20 @@ class _Line:
                 for use in sorted(self.position[user] for user in node.users if user in self.position):
                     self.first_use[use].append((numel, previous))
                     previous = use
+
+    def _pinned(self, graph: fx.Graph) -> list[tuple[int, int]]:
+        """First and last place that reads or updates a buffer whose update depends on parameters: one stage has to have them all."""
+        updated = {name for node in self.nodes for name in node.meta.get("mutates", ())}
+        reads: dict[fx.Node, set[str]] = {}  # which of these buffers a node off the line is computed from
+        places: dict[str, list[int]] = {name: [] for name in updated}
+        for node in graph.nodes:
+            found = {str(node.target)} & updated if is_state(node) else set().union(*(reads.get(n, set()) for n in node.all_input_nodes))
+            if node not in self.position:
+                reads[node] = found
+                continue
+            for name in found:
+                places[name].append(self.position[node])
+        return [(min(found), max(found)) for found in places.values()]
 
     def parameters_between(self, start: int, end: int) -> int:
         """Parameters (elements on one rank) that calls start..end-1 use, each once."""
@@ -313,6 +330,8 @@ def _forced_places(line: _Line, forced: Sequence[str], num_stages: int) -> list[
             known = sorted({origin(n).path.rsplit(".", 1)[0] for n in line.nodes if origin(n).path})
             raise BadArgument(f"cannot cut before {path!r}: no call comes from that module", use=", ".join(known[:12]))
         places.append(place)
+        if line.crossing[place] >= NEVER:
+            raise BadArgument(f"cannot cut before {path!r}: it would part an op's results, or the readers of a buffer that forward updates")
     if sorted(set(places)) != places or places[0] == 0:
         raise BadArgument(f"the cuts {', '.join(forced)} are not in the model's order, or leave a stage empty")
     return places

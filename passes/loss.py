@@ -212,7 +212,7 @@ def _weights_module(module: fx.GraphModule, terms: list[_Term]) -> fx.GraphModul
         copies[node] = graph.node_copy(node, lambda n: copies[n])
         copies[node].meta = dict(node.meta)
     graph.output(tuple(term.weight(graph, copies) for term in terms))
-    graph.eliminate_dead_code(is_impure_node=is_kept)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))  # updates of buffers go
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users:
             graph.erase_node(node)

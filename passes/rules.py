@@ -139,7 +139,7 @@ _POOLS = (("max_pool1d", 1), ("max_pool2d", 2), ("max_pool3d", 3), ("adaptive_ma
 _LINEAR_POOLS = (("avg_pool1d", 1), ("avg_pool2d", 2), ("avg_pool3d", 3), ("adaptive_avg_pool1d", 1), ("adaptive_avg_pool2d", 2),
                  ("upsample_nearest1d.vec", 1), ("upsample_nearest2d.vec", 2), ("upsample_linear1d.vec", 1),
                  ("upsample_bilinear2d.vec", 2), ("upsample_bicubic2d.vec", 2), ("tril", 2), ("triu", 2))  # fmt: skip
-_WHOLE = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", "diagonal_scatter", "diag_embed", "bernoulli.p", "histc")  # fmt: skip
+_WHOLE = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", "diagonal_scatter", "diag_embed", "histc")  # fmt: skip
 
 
 def _op(name: str) -> Op:
@@ -279,12 +279,13 @@ def register(op: Op, annotation: Annotation, *, linear: str = "") -> None:
 # ---- from rows to strategies --------------------------------------------------------------------------------------------
 
 
-def _linear_strategies(kind: str, inputs: int, outputs: int, differentiable: Sequence[bool]) -> list[Strategy]:
-    after = (PARTIAL,) * outputs
+def _linear_strategies(kind: str, call: Call, differentiable: Sequence[bool]) -> list[Strategy]:
+    inputs, after = len(call.inputs), (PARTIAL,) * len(call.outputs)
+    sums = [value.is_floating for value in call.inputs]  # masks and counts are no sums
     if kind == "sum":
-        return [Strategy((PARTIAL,) * inputs, after)] if inputs else []
+        return [Strategy((PARTIAL,) * inputs, after)] if inputs and all(sums) else []
     positions = {"first": range(1), "each": range(inputs), "": range(0)}[kind]
-    return [Strategy(tuple(PARTIAL if k == at else _whole(differentiable[k]) for k in range(inputs)), after) for at in positions]
+    return [Strategy(tuple(PARTIAL if k == at else _whole(differentiable[k]) for k in range(inputs)), after) for at in positions if sums[at]]
 
 
 def _whole(differentiable: bool) -> Placement:
@@ -319,7 +320,7 @@ def strategies(
                 found.append(strategy)
     linear = rule.linear if isinstance(rule.linear, str) else rule.linear(call)
     if result_differentiable:
-        found += _linear_strategies(linear, inputs, outputs, differentiable)
+        found += _linear_strategies(linear, call, differentiable)
     return found
 
 

@@ -3,6 +3,12 @@
 A stage's graph takes, in this order, the values received from earlier stages (by source stage, then in the order they are made), the
 model inputs it reads, the loss shares, and the sizes. It returns what it sends on, then the model's outputs; those all leave from the
 last stage, which receives the ones that earlier stages make. What does not depend on parameters is copied into every stage that needs it.
+
+Buffers that forward updates (`meta["mutates"]`: running statistics, counters). An update that depends on parameters has its place in one
+stage, and the cut keeps every reader of that buffer there too. One that does not (a counter) runs on every stage that holds the buffer,
+each on its own copy and with equal results; where nothing else reads the buffer, on the stage of the call that follows it. Updates run
+once per microbatch, in order, as they would when the microbatches are fed to the untouched model one after the other: batch statistics
+are those of a microbatch, and a counter counts microbatches.
 """
 
 from __future__ import annotations
@@ -13,7 +19,6 @@ from dataclasses import dataclass
 from torch import fx
 
 from passes.ir import is_state, is_trainable, size_expr, tensor_type
-from passes.shard import depends_on_parameters
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,6 @@ def split_stages(
 ) -> list[StageGraph]:
     """One graph per stage. `outputs[k]` is the node of the model's k-th output leaf (None for a constant one)."""
     graph = module.graph
-    parametric = depends_on_parameters(graph)
     last = num_stages - 1
     influences = _ancestors(loss)
     users: dict[fx.Node, set[int]] = {node: {stage_of[u] for u in node.users if u in stage_of} for node in stage_of}
@@ -58,7 +62,19 @@ def split_stages(
             if to:
                 gradient = is_trainable(node) and any(_feeds(node, u, stage_of, influences, to) for u in [node])
                 crossings.append(Crossing(node.name, stage_of[node], to, node, gradient))
-    return [_stage(module, index, stage_of, parametric, crossings, outputs, loss, last) for index in range(num_stages)]
+    updates = _update_homes(graph, stage_of, last)
+    return [_stage(module, index, stage_of, updates, crossings, outputs, loss, last) for index in range(num_stages)]
+
+
+def _update_homes(graph: fx.Graph, stage_of: Mapping[fx.Node, int], last: int) -> dict[fx.Node, int]:
+    """The updates of buffers that have no stage of their own, and the stage of the call that follows each."""
+    homes: dict[fx.Node, int] = {}
+    stage = last
+    for node in reversed(graph.nodes):
+        stage = stage_of.get(node, stage)
+        if node.meta.get("mutates") and node not in stage_of:
+            homes[node] = stage
+    return homes
 
 
 def _ancestors(loss: fx.Node | None) -> set[fx.Node]:
@@ -78,7 +94,7 @@ def _feeds(node: fx.Node, _: fx.Node, stage_of: Mapping[fx.Node, int], influence
 
 
 def _stage(
-    module: fx.GraphModule, index: int, stage_of: Mapping[fx.Node, int], parametric: set[fx.Node], crossings: Sequence[Crossing],
+    module: fx.GraphModule, index: int, stage_of: Mapping[fx.Node, int], updates: Mapping[fx.Node, int], crossings: Sequence[Crossing],
     outputs: Sequence[fx.Node | None], loss: fx.Node | None, last: int,
 ) -> StageGraph:  # fmt: skip
     receives = tuple(sorted((c for c in crossings if index in c.to), key=lambda c: c.source))
@@ -95,12 +111,14 @@ def _stage(
         if loss is not None and loss not in outputs:
             results.append(loss)
     needed: set[fx.Node] = set()
-    stack = [*wanted, *results]
+    stack = [*wanted, *results, *(node for node, stage in updates.items() if stage == index)]
     while stack:
         node = stack.pop()
         if node in needed:
             continue
         needed.add(node)
+        if is_state(node):
+            stack.extend(update for update in updates if node.target in update.meta["mutates"])
         if node not in received:
             stack.extend(node.all_input_nodes)
     graph = fx.Graph()
@@ -120,7 +138,6 @@ def _stage(
         if not copy.meta:
             copy.meta = dict(node.meta)
     graph.output(tuple(copies[node] for node in results))
-    del parametric
     return StageGraph(index, fx.GraphModule(module, graph), receives, sends, tuple(named))
 
 

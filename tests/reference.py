@@ -67,6 +67,3 @@ def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> li
         if name not in found or name not in expected or not torch.equal(found[name], expected[name])
     )
 
-
-def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    return max((found[name] - expected[name]).abs().max().item() for name in expected)

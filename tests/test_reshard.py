@@ -1,0 +1,115 @@
+"""Every row of RESHARDS on real gloo groups keeps what the pieces mean, of the value and of its gradient."""
+
+import itertools
+
+import pytest
+import torch
+from rank_threads import rank_threads
+
+from costmodel.hardware import hardware
+from passes.placement import COPIED, PARTIAL, REPLICATE, Copied, Partial, Placement, Replicate, Shard, local_shard, whole_tensor
+from passes.reshard import RESHARDS, find_reshard, reshard_seconds
+
+SHAPE = (12, 6, 18)
+SHARDS = [Shard(0), Shard(1), Shard(2), Shard(0, 2), Shard(2, 3), Shard(0, (6, 6)), Shard(2, (6, 12))]
+DUAL: dict[type, Placement] = {Replicate: REPLICATE, Copied: PARTIAL, Partial: REPLICATE}  # what a gradient's pieces mean
+
+
+def spread(whole: torch.Tensor, placement: Placement, axis_size: int) -> list[torch.Tensor]:
+    if placement == PARTIAL:
+        parts = [torch.randn_like(whole) for _ in range(axis_size - 1)]
+        return [*parts, whole - sum(parts)]
+    return [local_shard(whole, placement, axis_size=axis_size, coord=coord) for coord in range(axis_size)]
+
+
+def check_means(pieces: list[torch.Tensor], placement: Placement, whole: torch.Tensor) -> None:
+    for together in [whole_tensor(pieces, placement)] if isinstance(placement, (Shard, Partial)) else pieces:
+        torch.testing.assert_close(together, whole, rtol=0, atol=1e-12)
+
+
+def choices(kind: type) -> list[Placement]:
+    return list(SHARDS) if kind is Shard else [{Replicate: REPLICATE, Copied: COPIED, Partial: PARTIAL}[kind]]
+
+
+def check_row(row, have: Placement, want: Placement, axis_size: int) -> None:
+    value, gradient = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
+    pieces = spread(value, have, axis_size)
+    gradients = spread(gradient, DUAL.get(type(want), want), axis_size)
+
+    def run(axis):
+        x = pieces[axis.coord].clone().requires_grad_()
+        y = row.function(x, axis, **row.arguments(have, want))
+        (grad,) = torch.autograd.grad(y, x, gradients[axis.coord])
+        assert torch.equal(x, pieces[axis.coord])  # not changed in place
+        return y.detach(), grad
+
+    results, grads = zip(*rank_threads(axis_size).run(run), strict=True)
+    check_means(list(results), want, value)
+    check_means(list(grads), DUAL.get(type(have), have), gradient)
+
+
+@pytest.mark.parametrize("axis_size", [2, 3])
+@pytest.mark.parametrize("row", RESHARDS, ids=lambda row: f"{row.have.__name__}-{row.want.__name__}")
+def test_a_reshard_keeps_the_value_and_the_gradient(row, axis_size):
+    torch.manual_seed(0)
+    for have, want in itertools.product(choices(row.have), choices(row.want)):
+        if have != want:
+            check_row(row, have, want, axis_size)
+
+
+def test_a_wrong_row_is_caught():
+    """The function of one row in the place of another."""
+    caught = 0
+    pairs = 0
+    for right, wrong in itertools.permutations(RESHARDS, 2):
+        have, want = choices(right.have)[0], choices(right.want)[-1]
+        if wrong.function is right.function and wrong.arguments(*_own(wrong)) == right.arguments(*_own(right)):
+            continue
+        pairs += 1
+        try:
+            swapped = type(right)(right.have, right.want, wrong.function, lambda h, w, row=wrong: row.arguments(*_own(row)), "", "")
+            check_row(swapped, have, want, 2)
+        except (AssertionError, RuntimeError):
+            caught += 1
+    assert pairs > 50 and caught == pairs
+
+
+def _own(row) -> tuple[Placement, Placement]:
+    have = choices(row.have)[0]
+    return have, next(want for want in reversed(choices(row.want)) if want != have)
+
+
+def test_the_pairs_without_a_row_are_the_documented_ones():
+    """Nothing makes partial sums out of a whole value; and there is nothing to do between equals."""
+    kinds = (Replicate, Copied, Partial, Shard)
+    rows = {(row.have, row.want) for row in RESHARDS}
+    assert len(rows) == len(RESHARDS)
+    missing = set(itertools.product(kinds, kinds)) - rows
+    assert missing == {(kind, Partial) for kind in kinds} | {(Replicate, Replicate), (Copied, Copied)}
+    for have, want in rows:
+        assert find_reshard(choices(have)[0], choices(want)[-1]).want is want
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_seconds(trainable):
+    device = hardware("cpu")
+    link = device.link(2)
+
+    def seconds(have: Placement, want: Placement, **options) -> float:
+        return reshard_seconds(have, want, num_bytes=1e6, axis_size=2, hardware=device, link=link, trainable=trainable, **options)
+
+    everything = [REPLICATE, COPIED, PARTIAL, *SHARDS]
+    for have, want in itertools.product(everything, everything):
+        cost = seconds(have, want)
+        if have == want:
+            assert cost == 0.0
+        elif want == PARTIAL:
+            assert cost == float("inf")
+        else:
+            assert 0.0 <= cost < 1.0
+    assert (seconds(REPLICATE, COPIED) > 0) == trainable  # the gradient's all_reduce
+    assert seconds(COPIED, REPLICATE) == 0.0
+    assert seconds(PARTIAL, COPIED) == (2 if trainable else 1) * seconds(PARTIAL, REPLICATE)
+    assert seconds(Shard(0), REPLICATE) < seconds(Shard(1), REPLICATE)  # pieces of other dims are copied together
+    for have, want in [(PARTIAL, Shard(0)), (Shard(0), REPLICATE), (REPLICATE, Shard(0)), (Shard(0), Shard(1))]:
+        assert (seconds(have, want, regroup=False) == float("inf")) == trainable

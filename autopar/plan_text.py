@@ -159,7 +159,8 @@ def transfer_table(plan: Plan) -> list[dict[str, Any]]:
     return rows
 
 
-def _timeline(plan: Plan) -> str:
+def timeline_text(plan: Plan) -> str:
+    """The predicted schedule, a row per stage, under a legend; "" for a plan that predicts no time."""
     timeline = plan.simulated()
     text = timeline.text()
     columns = len(text.splitlines()[0].split()[-1]) if timeline.step_seconds and text else 0
@@ -235,7 +236,7 @@ def plan_text(plan: Plan) -> str:
         ]
         headers = ("from", "to", "value", "type", "KiB a microbatch", "gradient back")
         parts.append(f"TRANSFERS  (from stage to stage)\n{_table(headers, rows, right=(4,), widths=(None, None, 28, 44, None, None))}")
-    timeline = _timeline(plan)
+    timeline = timeline_text(plan)
     if timeline:
         parts.append(f"TIMELINE  ({plan.predicted.basis})\n{timeline}")
     if plan.notes:

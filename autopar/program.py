@@ -35,12 +35,12 @@ from passes.instructions import (
     SendGradient,
     SumGradients,
 )
-from passes.local_ops import sharded_cross_entropy, sharded_embedding
+from passes.local_ops import sharded_batch_norm, sharded_cross_entropy, sharded_embedding
 from passes.reshard import all_gather, all_reduce, all_to_all, copy_to, own_gradient, reduce_scatter, take_shard
 
 FUNCTIONS = (
     all_gather, all_reduce, all_to_all, attention_with_dropout, copy_to, dropout, own_gradient, reduce_scatter,
-    sharded_cross_entropy, sharded_embedding, take_shard,
+    sharded_batch_norm, sharded_cross_entropy, sharded_embedding, take_shard,
 )  # fmt: skip
 FUNCTION_NAMES = frozenset(function.__name__ for function in FUNCTIONS)
 
@@ -66,6 +66,7 @@ __all__ = [
     "load_program",
     "own_gradient",
     "reduce_scatter",
+    "sharded_batch_norm",
     "sharded_cross_entropy",
     "sharded_embedding",
     "take_shard",

@@ -15,6 +15,7 @@ import difflib
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,9 @@ def _file_module(place: str) -> ModuleType:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], 3, 0.4)
         missing = f"there is no file {place}" if path.parent.is_dir() else f"there is no folder {path.parent}"
         raise TargetNotFound(missing, use=", ".join(str(path.parent / name) for name in near) or FORMS)
-    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"autopar_target_{abs(hash(path.resolve()))}"
+    name = re.sub(r"\W", "_", path.stem)
+    while name in sys.modules:
+        name += "_"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise TargetNotFound(f"{place} cannot be imported as Python")
@@ -181,7 +184,7 @@ def _on_meta(build: Callable[[], Any], meta: bool, doing: str, module: ModuleTyp
     """Call on the meta device; on the real one if not `meta`, or if the code reads values of tensors while it builds."""
     path = Path(module.__file__) if module.__file__ else None
     if meta:
-        with contextlib.suppress(RuntimeError, NotImplementedError, TypeError), torch.device("meta"):
+        with contextlib.suppress(Exception), torch.device("meta"):
             return build()
     with _of_the_user(doing, path):
         return build()

@@ -1,7 +1,8 @@
 """`verify`: does the parallel model give the untouched model's loss, gradients and buffers? Measured, on this machine.
 
 The untouched model (a copy of it) runs the whole batch once; the parallel one runs its programs on all ranks, as threads of this
-process. A gradient's relative difference is its largest absolute difference over its own largest element; gradients that are all
+process. A model whose forward updates buffers (batch statistics, counters) means something else by a microbatch than by its part of the
+batch; there the untouched model runs the same microbatches one after the other, its losses weighed by their shares of the batch. A gradient's relative difference is its largest absolute difference over its own largest element; gradients that are all
 rounding (below a thousandth of the model's largest, such as that of a key projection's bias) are measured against that thousandth.
 """
 
@@ -14,11 +15,12 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import nn
+from torch import fx, nn
 
 from autopar.parallelize import _arguments, parallelize
 from autopar.plan import Plan
 from autopar.ranks import ThreadedRanks
+from autopar.runtime.batch import BatchTypes
 from costmodel.errors import BadArgument, WeightsMissing
 
 LOSS_TOLERANCE = 1e-6
@@ -91,8 +93,7 @@ def verify(
         raise BadArgument("there is no loss to compare", why="the model returns none", use="loss_fn=..., or example inputs with labels")
     reference = copy.deepcopy(model)
     reference.zero_grad()
-    expected = _reference_loss(par, reference, args, kwargs, loss_fn)
-    expected.backward()
+    expected = _reference_step(par, reference, args, kwargs, loss_fn)
     loss = par.step(*args, **kwargs)
     ranks = par._ranks()
     assert isinstance(ranks, ThreadedRanks)
@@ -119,8 +120,67 @@ def verify(
     return Report(ok, loss.item(), expected.item(), off, worst, tuple(differences), loss_tolerance, tolerance, par.plan)
 
 
-def _reference_loss(par: Any, reference: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_fn: Callable[..., Any] | None) -> torch.Tensor:
-    bound, targets = par._traced.signature.bind(args, kwargs)
+def _reference_step(par: Any, reference: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_fn: Callable[..., Any] | None) -> torch.Tensor:
+    """Forward and backward of the untouched model; the loss. Buffers end up as they do by the plan's microbatches."""
+    plan: Plan = par.plan
+    signature = par._traced.signature
+    updates, felt = _buffer_updates(plan)
+    whole = copy.deepcopy(reference) if updates and not felt else reference
+    loss = torch.zeros(())
+    if not (updates and felt and plan.microbatches > 1):
+        expected = _reference_loss(reference, *signature.bind(args, kwargs), loss_fn)
+        expected.backward()
+        if not updates or plan.microbatches == 1:
+            return expected.detach()
+        loss = expected.detach()
+    types = BatchTypes(plan.inputs, plan.microbatches)
+    batch = par._traced.flatten(args, kwargs)
+    layout = types.layout(batch)
+    parts = types.split(batch, layout, tuple(plan.inputs))
+    weights = [_weight(plan, part, sizes) for part, sizes in zip(parts, layout.sizes, strict=True)] if felt else []
+    for index, part in enumerate(parts):
+        again = signature.rebuild(args, kwargs, [part[name] for name in plan.inputs])
+        if felt:
+            expected = _reference_loss(reference, *again, loss_fn) * (weights[index] / sum(weights) if weights[0] is not None else 1.0)
+            expected.backward()
+            loss = loss + expected.detach()
+        else:
+            with torch.no_grad():
+                _reference_loss(whole, *again, loss_fn)
+    if whole is not reference:
+        for buffer, updated in zip(reference.buffers(), whole.buffers(), strict=True):
+            buffer.copy_(updated)
+    return loss
+
+
+def _buffer_updates(plan: Plan) -> tuple[bool, bool]:
+    """Does forward update buffers, and can the loss tell: are they read by anything but their own update, or batch statistics?"""
+    updates = felt = False
+    for stage in plan.stages:
+        nodes = list(stage.graph_module.graph.nodes)
+        for node in nodes:
+            names = node.meta.get("mutates", ())
+            updates = updates or bool(names)
+            reads = [n for n in nodes if n.op == "get_attr" and n.target in names]
+            felt = felt or bool(names) and (bool(node.users) or any(len(n.users) > 1 for n in reads))
+    return updates, felt
+
+
+def _weight(plan: Plan, part: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Any:
+    """What a microbatch counts in the batch's loss; None if the loss is a sum. BadArgument for a loss of several terms."""
+    loss = next(node for node in plan.stages[-1].graph_module.graph.nodes if node.meta.get("loss") and node.op == "call_function")
+    if plan.loss_weights is None:
+        return None
+    if not any(isinstance(arg, fx.Node) and "loss_share" in arg.meta for arg in loss.args):
+        raise BadArgument(
+            "the untouched model cannot be run by microbatches", why="forward updates buffers, and the loss has several terms that weigh differently",
+            use="microbatches=1",
+        )  # fmt: skip
+    given = {**part, **sizes}
+    return plan.loss_weights(*(given[str(node.target)] for node in plan.loss_weights.graph.nodes if node.op == "placeholder"))[0]
+
+
+def _reference_loss(reference: nn.Module, bound: Any, targets: Mapping[str, Any], loss_fn: Callable[..., Any] | None) -> torch.Tensor:
     output = reference(*bound.args, **bound.kwargs)
     if loss_fn is not None:
         return loss_fn(output, *targets.values())

@@ -40,7 +40,7 @@ def weight_rows(plan: Plan) -> list[WeightRow]:
     words = meanings(plan)
     groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name, text in plan.parameter_notation.items():
-        groups[_pattern(name), text, words[name]].append(name)
+        groups[name_pattern(name), text, words[name]].append(name)
     return [
         WeightRow(folded, text, meaning, count)
         for (_, text, meaning), names in groups.items()
@@ -51,7 +51,7 @@ def weight_rows(plan: Plan) -> list[WeightRow]:
 # ---- names --------------------------------------------------------------------------------------------------------
 
 
-def _pattern(name: str) -> str:
+def name_pattern(name: str) -> str:
     return ".".join("#" if part.isdigit() else part for part in name.split("."))
 
 

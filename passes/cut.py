@@ -192,6 +192,10 @@ class _Line:
                 places[name].append(self.position[node])
         return [(min(found), max(found)) for found in places.values()]
 
+    def first_own(self, place: int) -> fx.Node:
+        """The first call from `place` on that is the user's own, not a reshard."""
+        return next((node for node in self.nodes[place:] if not node.meta.get("reshard")), self.nodes[place])
+
     def parameters_between(self, start: int, end: int) -> int:
         """Parameters (elements on one rank) that calls start..end-1 use, each once."""
         return sum(numel for k in range(start, end) for numel, previous in self.first_use[k] if previous < start)
@@ -315,7 +319,7 @@ def cut(
                 float(sends[ends[stage + 1]]), count, float(training_state_bytes(count)), saved[end] - saved[start], in_flight(stage, num_stages),
             )  # fmt: skip
         )
-    boundaries = tuple(str(origin(line.nodes[place])) for place in places[1:-1])
+    boundaries = tuple(str(origin(line.first_own(place))) for place in places[1:-1])
     notes += [_why(stage, ends, points, line, seconds) for stage in range(num_stages - 1)] if not forced else []
     return CutPlan(stage_of, tuple(costs), boundaries, tuple(notes))
 
@@ -346,7 +350,8 @@ def _why(stage: int, ends: Sequence[int], points: Sequence[int], line: _Line, se
         if ends[stage] < neighbour < ends[stage + 2]:
             there = max(float(seconds[ends[stage], neighbour]), float(seconds[neighbour, ends[stage + 2]]))
             other.append(f"{direction} {there * 1e3:.3g} ms")
-    label = origin(line.nodes[points[place]])
+    first = line.first_own(points[place])
+    label = origin(first)
     sent = line.crossing[points[place]]
-    text = f"stage {stage + 1} begins at {label.path or label.source or line.nodes[points[place]].name}: {sent / 1024:.4g} KiB cross; the slower side takes {here * 1e3:.3g} ms"
+    text = f"stage {stage + 1} begins at {label.path or label.source or first.name}: {sent / 1024:.4g} KiB cross; the slower side takes {here * 1e3:.3g} ms"
     return text + (f" ({', '.join(other)})" if other else "")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.ir import TensorType, is_kept, origin, size_expr, tensor_type
+from passes.ir import TensorType, origin, size_expr, tensor_type
 from passes.shard import depends_on_parameters
 
 aten = torch.ops.aten

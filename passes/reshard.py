@@ -227,7 +227,9 @@ _SECONDS = {
 
 
 def find_reshard(have: Placement, want: Placement) -> Reshard | None:
-    """The row that leads from `have` to `want`; None if there is none."""
+    """The row that leads from `have` to `want`; None if there is none. Other blocks of the same dim cannot be exchanged."""
+    if isinstance(have, Shard) and isinstance(want, Shard) and have.dim == want.dim:
+        return None
     return _BY_KINDS.get((type(have), type(want)))
 
 

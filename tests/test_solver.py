@@ -1,0 +1,238 @@
+"""The assignment that is found is the cheapest there is, and on transformers the one that people write by hand."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import fx, nn
+
+from autopar.trace import Traced, trace
+from costmodel.hardware import Hardware, hardware
+from passes import shard as shard_pass
+from passes.costs import Pricing
+from passes.elimination import minimise
+from passes.ir import TensorType, calls, is_state, is_trainable, tensor_inputs, tensor_type
+from passes.localize import localize
+from passes.loss import weigh_loss
+from passes.placement import COPIED, PARTIAL, REPLICATE, Copied, Placement, Replicate, Shard, notation
+from passes.reshard import all_gather, all_reduce, copy_to
+from passes.rules import RULES, Strategy, call_of, strategies
+from passes.shard import ShardPlan, shard
+
+aten = torch.ops.aten
+INF = float("inf")
+
+
+# ---- elimination ------------------------------------------------------------------------------------------------------------
+
+
+def brute_force(domains: list[int], factors: list[tuple[tuple[int, ...], torch.Tensor]]) -> float:
+    total = torch.zeros(domains or [1], dtype=torch.float64)
+    for variables, table in factors:
+        shape = [1] * max(len(domains), 1)
+        order = sorted(range(len(variables)), key=lambda k: variables[k])
+        for k in order:
+            shape[variables[k]] = domains[variables[k]]
+        total = total + table.permute(order).reshape(shape)
+    return float(total.min())
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_elimination_equals_brute_force(block):
+    for seed in range(block * 100, block * 100 + 100):
+        choose = random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
+        domains = [choose.randint(1, 4) for _ in range(choose.randint(1, 7))]
+        factors = []
+        for _ in range(choose.randint(0, 12)):
+            variables = tuple(choose.sample(range(len(domains)), choose.randint(0, min(3, len(domains)))))
+            table = torch.rand([domains[v] for v in variables], generator=generator, dtype=torch.float64)
+            if variables and choose.random() < 0.5:
+                table[torch.rand(table.shape, generator=generator) < choose.choice([0.1, 0.5, 0.9])] = INF
+            factors.append((variables, table))
+        assignment, cost = minimise(domains, factors)
+        expected = brute_force(domains, factors)
+        assert cost == pytest.approx(expected, abs=1e-12), seed
+        found = sum(float(table[tuple(assignment[v] for v in variables)]) for variables, table in factors)
+        assert found == pytest.approx(expected, abs=1e-12), seed
+
+
+def test_elimination_refuses_what_is_too_wide():
+    variables = tuple(range(12))
+    pairs = [((a, b), torch.zeros(10, 10)) for a, b in itertools.combinations(variables, 2)]
+    with pytest.raises(MemoryError, match="too wide"):
+        minimise([10] * 12, pairs)
+
+
+# ---- the whole objective -----------------------------------------------------------------------------------------------------
+
+
+class Net:
+    """A random canonical graph of a few calls on [6, 12]-like values."""
+
+    def __init__(self, seed: int) -> None:
+        self.choose = random.Random(seed)
+        self.graph, self.count = fx.Graph(), 0
+        x = self.holder("placeholder", (6, 12), False)
+        if self.choose.random() < 0.3:
+            table = self.holder("get_attr", (24, 12), True)
+            indices = self.graph.placeholder("indices")
+            indices.meta = {"tensor": TensorType(torch.int64, (6,)), "trainable": False}
+            x = self.call(aten.embedding.default, table, indices)
+        values = [x]
+        for _ in range(self.choose.randint(2, 4)):
+            values.append(self.step(self.choose.choice(values), values))
+        self.loss = None
+        if self.choose.random() < 0.5 and is_trainable(values[-1]):
+            self.loss = self.call(aten.sum.default, values[-1])
+            self.loss.meta["loss"] = True
+        self.graph.output(tuple(values[1:]) if self.loss is None else self.loss)
+        order = {"placeholder": 0, "get_attr": 1}
+        for node in sorted(self.graph.nodes, key=lambda n: order.get(n.op, 2), reverse=True):
+            if node.op in order:
+                self.graph._root.append(node)
+        self.graph.lint()
+        root = nn.Module()
+        for node in self.graph.find_nodes(op="get_attr"):
+            root.register_parameter(node.target, nn.Parameter(torch.empty(tensor_type(node).shape, device="meta")))
+        self.module = fx.GraphModule(root, self.graph)
+
+    def holder(self, op: str, shape: tuple[int, ...], trainable: bool) -> fx.Node:
+        self.count += 1
+        node = self.graph.create_node(op, f"x{self.count}")
+        node.meta = {"tensor": TensorType(torch.float32, shape), "trainable": trainable, "kind": "parameter"}
+        return node
+
+    def call(self, op: Any, *args: Any) -> fx.Node:
+        node = self.graph.call_function(op, args)
+        real = fx.map_arg(args, lambda n: torch.zeros(n.meta["tensor"].shape, dtype=n.meta["tensor"].dtype, device="meta"))
+        result = op(*real)
+        node.meta = {"tensor": TensorType(result.dtype, tuple(result.shape)), "trainable": any(map(is_trainable, tensor_inputs(node)))}
+        return node
+
+    def step(self, x: fx.Node, values: list[fx.Node]) -> fx.Node:
+        rows, width = tensor_type(x).shape
+        kind = self.choose.choice(["linear", "linear", "linear", "linear", "gelu", "add", "bias", "mul", "norm", "softmax", "square", "heads"])
+        if kind == "linear":
+            return self.call(aten.linear.default, x, self.holder("get_attr", (self.choose.choice([12, 24]), width), self.choose.random() < 0.9))
+        if kind == "gelu":
+            return self.call(aten.gelu.default, x)
+        if kind in ("add", "mul"):
+            other = self.choose.choice([v for v in values if tensor_type(v).shape == (rows, width)])
+            return self.call(aten.add.Tensor if kind == "add" else aten.mul.Tensor, x, other)
+        if kind == "bias":
+            return self.call(aten.add.Tensor, x, self.holder("get_attr", (width,), True))
+        if kind == "norm":
+            return self.call(aten.layer_norm.default, x, [width], self.holder("get_attr", (width,), True))
+        if kind == "softmax":
+            return self.call(aten.softmax.int, x, -1)
+        if kind == "square":
+            return self.call(aten.mul.Tensor, x, x)
+        return self.call(aten.softmax.int, self.call(aten.view.default, x, [rows * 3, width // 3]), 0)
+
+
+def objective_of_the_best(net: Net, pricing: Pricing, axis_size: int, microbatches: int, in_flight: int, split_data: bool, limit: int) -> float | None:
+    """The least objective over all assignments, each term as the module docstring of passes/shard.py has it; None if there are too many.
+
+    Nothing of the pass's own tables: the domains come from the rules, and a value's reshards are counted as a set of wants.
+    """
+    graph = net.graph
+    parametric = shard_pass.depends_on_parameters(graph)
+    nodes = [n for n in calls(graph) if n in parametric]
+    params = [n for n in graph.nodes if is_state(n)]
+    bindings = {n: RULES[n.target].binding(call_of(n)) for n in nodes}
+    cuts = shard_pass._Cuts(bindings)
+    domains: dict[fx.Node, list[Any]] = {}
+    for n in nodes:
+        flags = tuple(is_trainable(a) for a in tensor_inputs(n))
+        found = strategies(RULES[n.target], call_of(n), axis_size=axis_size, differentiable=flags, result_differentiable=is_trainable(n),
+                           cuts=cuts.for_call(n), splittable=lambda size: True)  # fmt: skip
+        domains[n] = list(dict.fromkeys(found))
+    users: dict[fx.Node, list[fx.Node]] = {}
+    for n in calls(graph):
+        for a in dict.fromkeys(tensor_inputs(n)):
+            users.setdefault(a, []).append(n)
+    for p in params:
+        wants = [s.inputs[k] for u in users.get(p, []) for s in domains[u] for k, a in enumerate(tensor_inputs(u)) if a is p]
+        domains[p] = list(dict.fromkeys([REPLICATE, *([COPIED] if is_trainable(p) else []), *(w for w in wants if isinstance(w, Shard))]))
+    order = list(domains)
+    sizes = [len(domains[n]) for n in order]
+    if torch.tensor(sizes).prod() > limit:
+        return None
+    total = torch.zeros(sizes, dtype=torch.float64)
+
+    def add(involved: list[fx.Node], table: torch.Tensor) -> None:
+        nonlocal total
+        shape = [len(domains[n]) if n in involved else 1 for n in order]
+        ranked = sorted(range(len(involved)), key=lambda k: order.index(involved[k]))
+        total = total + table.permute(ranked).reshape(shape)
+
+    # seconds and bytes of every choice on its own
+    own: dict[fx.Node, list[tuple[float, float]]] = {}
+    problem = shard_pass._Problem(pricing, axis_size, microbatches, in_flight, split_data)
+    for n in order:
+        value = tensor_type(n)
+        if n in params:
+            own[n] = [problem.state_seconds(value, p) if is_trainable(n) else (0.0, float(pricing.num_bytes(value))) for p in domains[n]]
+        else:
+            own[n] = [problem.call_seconds(call_of(n), tuple(is_trainable(a) for a in tensor_inputs(n)), s) for s in domains[n]]
+    times = {n: 1 if n in params else in_flight for n in order}
+    T = sum(costs[0][0] for costs in own.values())
+    M = sum(costs[0][1] * times[n] for n, costs in own.items())
+    price = shard_pass.MEMORY_WEIGHT * T / max(M, 1.0)
+    for n, costs in own.items():
+        add([n], torch.tensor([s + price * b * times[n] + k * 1e-9 * T / len(own) for k, (s, b) in enumerate(costs)], dtype=torch.float64))
+
+    # reshards: a value that users want in several placements goes to each once
+    def joins(user: fx.Node, strategy: Strategy) -> bool:
+        activations = [k for k, a in enumerate(tensor_inputs(user)) if is_trainable(a) and not is_state(a)]
+        return sum(isinstance(strategy.inputs[k], Shard) for k in activations) > 1
+
+    for value in graph.nodes:
+        consumers = users.get(value, [])
+        kind = tensor_type(value)
+        if kind is None or not consumers:
+            continue
+        have = [c.outputs[0] if isinstance(c, Strategy) else c for c in domains[value]] if value in domains else [REPLICATE]
+        free = [u for u in consumers if u in domains]
+        table = torch.zeros([len(have), *(len(domains[u]) for u in free)], dtype=torch.float64)
+        for spot in itertools.product(*(range(size) for size in table.shape)):
+            wants: set[tuple[Placement, bool]] = set()
+            for u, k in zip(free, spot[1:], strict=True):
+                s = domains[u][k]
+                wants |= {(s.inputs[slot], joins(u, s)) for slot, a in enumerate(tensor_inputs(u)) if a is value}
+            wants |= {(REPLICATE, False) for u in consumers if u not in domains}
+            source = have[spot[0]]
+            table[spot] = sum(
+                pricing.reshard_seconds(kind, source, want, axis_size, is_trainable(value), split_data or (joined and source == COPIED)) for want, joined in wants
+            )
+        add([value, *free], table) if value in domains else add(free, table[0])
+    if net.loss is not None:
+        add([net.loss], torch.tensor([pricing.reshard_seconds(tensor_type(net.loss), s.outputs[0], REPLICATE, axis_size, True) for s in domains[net.loss]], dtype=torch.float64))
+    return float(total.min())
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_shard_equals_brute_force(block):
+    compared = 0
+    for seed in range(block * 1000, block * 1000 + 1000):
+        net = Net(seed)
+        choose = random.Random(seed)
+        axis_size, microbatches, in_flight = choose.choice([2, 3]), choose.choice([1, 4]), choose.choice([1, 2])
+        split_data = choose.random() < 0.5
+        pricing = Pricing(hardware(choose.choice(["cpu", "h100-sxm"])), {})
+        expected = objective_of_the_best(net, pricing, axis_size, microbatches, in_flight, split_data, 1_000_000)
+        if expected is None:
+            continue
+        plan = shard(net.module, axis="tp", axis_size=axis_size, pricing=pricing, microbatches=microbatches, in_flight=in_flight, loss=net.loss, split_data=split_data)
+        assert plan.objective_seconds == pytest.approx(expected, rel=1e-9), seed
+        compared += 1
+        if compared == 44:
+            return
+    raise AssertionError(f"only {compared} graphs were small enough")

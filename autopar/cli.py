@@ -1,7 +1,7 @@
 """The command line: `autopar COMMAND TARGET [options]`.
 
-One row of `_COMMANDS` per command. Exit status 0: done; 1: a check failed; 2: bad arguments or a model that cannot be handled, with one
-message on stderr. Results go to stdout; progress goes to stderr, on a terminal only.
+One row of `_COMMANDS` per command. Exit status 0: done; 1: a check failed; 2: bad arguments or a model that cannot be
+handled, with one message on stderr. Results go to stdout; progress goes to stderr, on a terminal only.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 import torch
 
 from autopar.emit_files import emit_files, save_weights
-from autopar.explain import explain
-from autopar.parallelize import ParallelModel, parallelize
+from autopar.explain import LEGEND, explain
+from autopar.parallelize import ParallelModel, _arguments, parallelize
 from autopar.plan import Plan
 from autopar.plan_diff import diff_text
 from autopar.plan_text import plan_json, plan_text, timeline_text, title
@@ -88,12 +88,21 @@ def _degree(text: str) -> int:
 
 def _target_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
-        "target", metavar="TARGET", nargs=None if required else "?",
+        "target",
+        metavar="TARGET",
+        nargs=None if required else "?",
         help="path/to/file.py:name or package.module:name (a function returning (model, example_inputs), or a module class or instance "
         "with example_inputs), or hf:MODEL_TYPE",
-    )  # fmt: skip
+    )
     hub = parser.add_argument_group("for hf: targets")
-    hub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="settings", help="change the model's config (repeatable)")
+    hub.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="change the model's config (repeatable)",
+    )
     hub.add_argument("--batch", type=_degree, metavar="N", help="rows of the example batch (default 8)")
     hub.add_argument("--seq", type=_degree, metavar="N", help="tokens of a row (default 128)")
 
@@ -104,9 +113,18 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pp", type=_degree, default=1, metavar="N", help="pipeline stages (default 1)")
     group.add_argument("--dp", type=_degree, default=1, metavar="N", help="data-parallel replicas (default 1)")
     group.add_argument("--microbatches", type=_degree, metavar="N", help="parts of the batch (default: chosen)")
-    group.add_argument("--schedule", default="1f1b", metavar="NAME", help=f"one of {', '.join(SCHEDULES)} (default 1f1b)")
-    group.add_argument("--hardware", metavar="NAME", help="a profile's name or its JSON file (default: this machine's kind)")
-    group.add_argument("--nodes", type=_degree, metavar="N", help="nodes that the ranks are spread over (default: as few as the profile's node size allows)")
+    group.add_argument(
+        "--schedule", default="1f1b", metavar="NAME", help=f"one of {', '.join(SCHEDULES)} (default 1f1b)"
+    )
+    group.add_argument(
+        "--hardware", metavar="NAME", help="a profile's name or its JSON file (default: this machine's kind)"
+    )
+    group.add_argument(
+        "--nodes",
+        type=_degree,
+        metavar="N",
+        help="nodes that the ranks are spread over (default: as few as the profile's node size allows)",
+    )
 
 
 def _hardware(arguments: argparse.Namespace) -> Hardware | str | None:
@@ -125,7 +143,9 @@ def _hardware(arguments: argparse.Namespace) -> Hardware | str | None:
         return profile
     ranks = arguments.tp * arguments.pp * arguments.dp
     if ranks % arguments.nodes:
-        raise BadArgument(f"{ranks} ranks cannot be spread evenly over {arguments.nodes} nodes", use="a divisor of the ranks")
+        raise BadArgument(
+            f"{ranks} ranks cannot be spread evenly over {arguments.nodes} nodes", use="a divisor of the ranks"
+        )
     profile = profile or hardware_named("cpu")
     name = f"{profile.name} on {arguments.nodes} node{'s' if arguments.nodes > 1 else ''}"
     return dataclasses.replace(profile, name=name, devices_per_node=ranks // arguments.nodes)
@@ -135,11 +155,17 @@ def _parallel(arguments: argparse.Namespace, target: Target, progress: _Progress
     """The model traced and planned."""
     inputs = target.example_inputs
     par = parallelize(
-        target.model, None, tp=arguments.tp, pp=arguments.pp, dp=arguments.dp, microbatches=arguments.microbatches,
-        schedule=arguments.schedule, hardware=_hardware(arguments),
-    )  # fmt: skip
+        target.model,
+        None,
+        tp=arguments.tp,
+        pp=arguments.pp,
+        dp=arguments.dp,
+        microbatches=arguments.microbatches,
+        schedule=arguments.schedule,
+        hardware=_hardware(arguments),
+    )
     progress("tracing and planning")
-    par._trace(*((), dict(inputs)) if hasattr(inputs, "keys") else (tuple(inputs), {}))  # type: ignore[call-overload,arg-type]
+    par._trace(*_arguments(inputs))
     return par
 
 
@@ -161,11 +187,23 @@ def _plan(arguments: argparse.Namespace, progress: _Progress) -> Plan:
 
 
 def _given_options(arguments: argparse.Namespace) -> list[str]:
-    defaults = {
-        "tp": 1, "pp": 1, "dp": 1, "microbatches": None, "schedule": "1f1b", "hardware": None, "nodes": None, "settings": [], "batch": None,
+    defaults: dict[str, Any] = {
+        "tp": 1,
+        "pp": 1,
+        "dp": 1,
+        "microbatches": None,
+        "schedule": "1f1b",
+        "hardware": None,
+        "nodes": None,
+        "settings": [],
+        "batch": None,
         "seq": None,
-    }  # fmt: skip
-    return [f"--{'set' if name == 'settings' else name}" for name, value in defaults.items() if getattr(arguments, name) != value]
+    }
+    return [
+        f"--{'set' if name == 'settings' else name}"
+        for name, value in defaults.items()
+        if getattr(arguments, name) != value
+    ]
 
 
 # ---- the commands -------------------------------------------------------------------------------------------------
@@ -189,7 +227,10 @@ def _run_plan(arguments: argparse.Namespace, progress: _Progress) -> int:
 def _check_writable(path: str) -> None:
     folder = Path(path).resolve().parent
     if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise BadArgument(f"cannot write {path}", why="it is a folder" if Path(path).is_dir() else f"{folder} is no folder that can be written to")
+        raise BadArgument(
+            f"cannot write {path}",
+            why="it is a folder" if Path(path).is_dir() else f"{folder} is no folder that can be written to",
+        )
 
 
 def _run_emit(arguments: argparse.Namespace, progress: _Progress) -> int:
@@ -229,13 +270,25 @@ def _run_verify(arguments: argparse.Namespace, progress: _Progress) -> int:
     progress("running the untouched model and all ranks")
     options: dict[str, Any] = {} if arguments.tolerance is None else {"tolerance": arguments.tolerance}
     report = verify(
-        target.model, target.example_inputs, tp=arguments.tp, pp=arguments.pp, dp=arguments.dp, microbatches=arguments.microbatches,
-        schedule=arguments.schedule, hardware=_hardware(arguments), **options,
-    )  # fmt: skip
+        target.model,
+        target.example_inputs,
+        tp=arguments.tp,
+        pp=arguments.pp,
+        dp=arguments.dp,
+        microbatches=arguments.microbatches,
+        schedule=arguments.schedule,
+        hardware=_hardware(arguments),
+        **options,
+    )
     progress.end()
     if arguments.json:
-        values = {field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.name != "plan"}
-        values["worst"], values["differences"] = dataclasses.asdict(report.worst), [dataclasses.asdict(d) for d in report.differences]
+        values = {
+            field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.name != "plan"
+        }
+        values["worst"], values["differences"] = (
+            dataclasses.asdict(report.worst),
+            [dataclasses.asdict(d) for d in report.differences],
+        )
         print(json.dumps(values, indent=1))
     else:
         print(report)
@@ -247,14 +300,19 @@ def _run_explain(arguments: argparse.Namespace, progress: _Progress) -> int:
     traced = par._traced
     assert traced is not None
     found = explain(
-        traced, arguments.name, mesh=par.plan.mesh, hardware=par._options.hardware, microbatches=par.plan.microbatches,
-        schedule=par.plan.schedule, progress=lambda name: progress(f"solving for {name}"),
-    )  # fmt: skip
+        traced,
+        arguments.name,
+        mesh=par.plan.mesh,
+        hardware=par._options.hardware,
+        microbatches=par.plan.microbatches,
+        schedule=par.plan.schedule,
+        progress=lambda name: progress(f"solving for {name}"),
+    )
     progress.end()
     if arguments.json:
         print(json.dumps([dataclasses.asdict(explanation) for explanation in found], indent=1, default=str))
         return DONE
-    print(f"{title(par.plan)[0]}\nEach row is the cheapest whole assignment that has this placement; * is the plan's. Seconds are of one microbatch.")
+    print(f"{title(par.plan)[0]}\n{LEGEND}")
     for explanation in found:
         print(f"\n{explanation}")
     return DONE
@@ -291,22 +349,32 @@ class _Command:
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     _target_options(parser)
     _plan_options(parser)
-    parser.add_argument("--save", metavar="FILE", help="also write the plan, for `autopar emit --plan` and `autopar diff`")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON: what --save writes, and the tables as numbers")
+    parser.add_argument(
+        "--save", metavar="FILE", help="also write the plan, for `autopar emit --plan` and `autopar diff`"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the plan as JSON: what --save writes, and the tables as numbers"
+    )
 
 
 def _emit_arguments(parser: argparse.ArgumentParser) -> None:
     _target_options(parser, required=False)
     parser.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder, or one emitted before")
     parser.add_argument("--plan", metavar="FILE", help="a saved plan, instead of TARGET")
-    parser.add_argument("--weights", action="store_true", help="build the model with its weights and write each rank's shards beside its program")
+    parser.add_argument(
+        "--weights",
+        action="store_true",
+        help="build the model with its weights and write each rank's shards beside its program",
+    )
     _plan_options(parser)
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     _target_options(parser)
     _plan_options(parser)
-    parser.add_argument("--tolerance", type=float, metavar="X", help="largest relative difference of a gradient (default 1e-5 in fp32)")
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X", help="largest relative difference of a gradient (default 1e-5 in fp32)"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -332,47 +400,72 @@ def _diff_arguments(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: dict[str, _Command] = {
     "plan": _Command(
         "print the partition plan of a model",
-        ("autopar plan examples/mlp.py:example --tp 2 --pp 2", "autopar plan hf:llama --set num_hidden_layers=32 --tp 8 --pp 4 --hardware h100-sxm --save plan.json"),
-        _plan_arguments, _run_plan,
+        (
+            "autopar plan examples/mlp.py:example --tp 2 --pp 2",
+            "autopar plan hf:llama --set num_hidden_layers=32 --tp 8 --pp 4 --hardware h100-sxm --save plan.json",
+        ),
+        _plan_arguments,
+        _run_plan,
     ),
     "emit": _Command(
         "write one program per rank, and run.py for torchrun",
-        ("autopar emit examples/mlp.py:example --tp 2 --pp 2 --out out/ --weights", "autopar emit --plan plan.json --out out/"),
-        _emit_arguments, _run_emit,
+        (
+            "autopar emit examples/mlp.py:example --tp 2 --pp 2 --out out/ --weights",
+            "autopar emit --plan plan.json --out out/",
+        ),
+        _emit_arguments,
+        _run_emit,
     ),
     "verify": _Command(
         "run the model on local ranks and compare loss, gradients and buffers with the untouched model",
-        ("autopar verify examples/mlp.py:example --tp 2 --pp 2", "autopar verify hf:llama --set num_hidden_layers=4 --set hidden_size=256 --tp 2 --batch 4 --seq 32"),
-        _verify_arguments, _run_verify,
+        (
+            "autopar verify examples/mlp.py:example --tp 2 --pp 2",
+            "autopar verify hf:llama --set num_hidden_layers=4 --set hidden_size=256 --tp 2 --batch 4 --seq 32",
+        ),
+        _verify_arguments,
+        _run_verify,
     ),
     "explain": _Command(
         "show what each placement of a parameter would cost",
-        ("autopar explain examples/mlp.py:example block0.up.weight --tp 2", "autopar explain hf:llama model.layers.0.mlp --tp 4 --hardware h100-sxm"),
-        _explain_arguments, _run_explain,
+        (
+            "autopar explain examples/mlp.py:example block0.up.weight --tp 2",
+            "autopar explain hf:llama model.layers.0.mlp --tp 4 --hardware h100-sxm",
+        ),
+        _explain_arguments,
+        _run_explain,
     ),
     "timeline": _Command(
         "print the schedule as it should run",
         ("autopar timeline examples/mlp.py:example --pp 2 --schedule gpipe", "autopar timeline --plan plan.json"),
-        _timeline_arguments, _run_timeline,
+        _timeline_arguments,
+        _run_timeline,
     ),
     "diff": _Command(
         "show what differs between two saved plans, and what it does to time and memory",
         ("autopar diff before.json after.json",),
-        _diff_arguments, _run_diff,
+        _diff_arguments,
+        _run_diff,
     ),
-}  # fmt: skip
+}
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    main_parser = _Parser(prog="autopar", description="Tensor and pipeline parallelism for unmodified PyTorch models.", epilog="`autopar COMMAND --help` has examples.")
+    main_parser = _Parser(
+        prog="autopar",
+        description="Tensor and pipeline parallelism for unmodified PyTorch models.",
+        epilog="`autopar COMMAND --help` has examples.",
+    )
     commands = main_parser.add_subparsers(metavar="COMMAND", dest="command", required=True, parser_class=_Parser)
     for name, command in _COMMANDS.items():
         examples = "\n".join(f"  {example}" for example in command.examples)
         sub = commands.add_parser(
-            name, help=command.help, description=f"{command.help[0].upper()}{command.help[1:]}.", epilog=f"examples:\n{examples}",
+            name,
+            help=command.help,
+            description=f"{command.help[0].upper()}{command.help[1:]}.",
+            epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         command.options(sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return main_parser

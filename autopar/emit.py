@@ -223,6 +223,9 @@ def emit_loss_weights(plan: Plan) -> tuple[str, set[str]]:
             body.statement(node)
     output = next(node for node in module.graph.nodes if node.op == "output")
     returned = [body.argument(value, inside=True) for value in output.args[0]]  # type: ignore[union-attr]
+    # what stages have as self.p and self.device
+    text = re.sub(r"#.*", "", "\n".join([*body.lines, *returned]))
+    names += [name for name, use in (("p", 'p("'), ("device", "device=device")) if use in text]
     lines = [
         f"def loss_weights({'*, ' + ', '.join(names) if names else ''}):",
         '    """What each loss term of a microbatch counts in the batch\'s loss."""',

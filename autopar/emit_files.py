@@ -3,8 +3,8 @@
     rank_0.py rank_1.py ...   the programs            plan.json       the plan
     run.py                    trains them             weights_0.pt    a rank's shards, where somebody wrote them
 
-The folder needs autopar and torch, not the model. Nothing is half-done: everything is written into a folder beside it first, and moved
-when it is complete. A folder that holds anything else is left alone.
+The folder needs autopar and torch, not the model. Nothing is half-done: everything is written into a folder beside it
+first, and moved when it is complete. A folder that holds anything else is left alone.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def weights_file(rank: int, num_ranks: int) -> str:
 def emit_files(plan: Plan, folder: str | Path) -> list[Path]:
     """Write every rank's program, `plan.json` and `run.py`; returns their paths, programs first.
 
-    A folder emitted before gets the new files, and loses the programs of ranks that are no more; weights and other files in it stay.
-    BadArgument if the path is a file, or a folder with files in it that was not emitted, or cannot be written.
+    A folder emitted before gets the new files, and loses the programs of ranks that are no more; weights and other
+    files in it stay. BadArgument if the path is a file, or a folder with files in it that was not emitted, or cannot
+    be written.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -84,9 +85,10 @@ def _check_folder(folder: Path) -> None:
     if folder.is_dir() and not (folder / PLAN_FILE).is_file() and any(folder.iterdir()):
         some = sorted(path.name for path in folder.iterdir())
         raise BadArgument(
-            f"{folder} holds files that are not autopar's", why=f"it has no {PLAN_FILE}, and {', '.join(some[:4])}{', ...' if len(some) > 4 else ''}",
+            f"{folder} holds files that are not autopar's",
+            why=f"it has no {PLAN_FILE}, and {', '.join(some[:4])}{', ...' if len(some) > 4 else ''}",
             use="a new or empty folder, or one emitted before",
-        )  # fmt: skip
+        )
 
 
 def _move(written: Path, folder: Path, texts: Mapping[str, str]) -> None:
@@ -113,31 +115,42 @@ def _umask() -> int:
 def read_program(folder: str | Path, rank: int) -> Program:
     """A rank's program from an emitted folder. BadPlan if there is none."""
     found = sorted(Path(folder).glob("rank_*.py"), key=lambda path: (len(path.name), path.name))
-    path = next((path for path in found if path.stem.removeprefix("rank_").lstrip("0") == (str(rank) if rank else "")), None)
+    path = next(
+        (path for path in found if path.stem.removeprefix("rank_").lstrip("0") == (str(rank) if rank else "")), None
+    )
     if path is None:
-        raise BadPlan(f"{folder} has no program for rank {rank}", why=f"it holds {len(found)} programs", use="plan.emit(folder)")
+        raise BadPlan(
+            f"{folder} has no program for rank {rank}", why=f"it holds {len(found)} programs", use="plan.emit(folder)"
+        )
     return load_program(path.read_text(encoding="utf-8"), str(path))
 
 
-def save_weights(folder: str | Path, rank: int, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> Path:
+def save_weights(
+    folder: str | Path, rank: int, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]
+) -> Path:
     """Write a rank's shards as `weights_<rank>.pt` beside its program in an emitted folder.
 
-    The file says how each is split, so that it is never read into a plan that splits otherwise. BadArgument for other names than the
-    program's; BadPlan if there is no such program.
+    The file says how each is split, so that it is never read into a plan that splits otherwise. BadArgument for other
+    names than the program's; BadPlan if there is no such program.
     """
     program = read_program(folder, rank)
     placements = {**program.stage.PARAMS, **program.stage.BUFFERS}
     tensors = {**parameters, **buffers}
     if set(tensors) != set(placements):
-        raise BadArgument(f"these are not the weights of rank {rank}", why=f"other names: {', '.join(sorted(set(tensors) ^ set(placements))[:6])}")
+        raise BadArgument(
+            f"these are not the weights of rank {rank}",
+            why=f"other names: {', '.join(sorted(set(tensors) ^ set(placements))[:6])}",
+        )
     without = [name for name, tensor in tensors.items() if tensor.is_meta]
     if without:
         raise BadArgument(f"{without[0]} has no values to save", why="it is on the meta device")
     path = Path(folder) / weights_file(rank, _num_ranks(program))
     content = {
-        "mesh": dict(program.mesh), "coords": dict(program.coords), "placements": placements,
+        "mesh": dict(program.mesh),
+        "coords": dict(program.coords),
+        "placements": placements,
         "tensors": {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},
-    }  # fmt: skip
+    }
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         torch.save(content, partial)
@@ -154,9 +167,16 @@ def load_weights(path: Path, program: Program) -> dict[str, torch.Tensor]:
         found = (content["mesh"], content["coords"], content["placements"])
         tensors = dict(content["tensors"])
     except Exception as error:  # torch raises many kinds for files that are not its own
-        raise BadPlan(f"cannot read the weights {path}", why=str(error).strip().splitlines()[0] if str(error) else type(error).__name__) from error
+        raise BadPlan(
+            f"cannot read the weights {path}",
+            why=str(error).strip().splitlines()[0] if str(error) else type(error).__name__,
+        ) from error
     if found != (dict(program.mesh), dict(program.coords), {**program.stage.PARAMS, **program.stage.BUFFERS}):
-        raise BadPlan(f"the weights {path} belong to another plan", why="its mesh or its placements differ", use="weights saved for this plan")
+        raise BadPlan(
+            f"the weights {path} belong to another plan",
+            why="its mesh or its placements differ",
+            use="weights saved for this plan",
+        )
     return tensors
 
 

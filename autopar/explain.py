@@ -1,12 +1,14 @@
 """Why a parameter is placed as it is: the whole problem solved again with it held to each of its candidates.
 
-A placement is not judged alone: a neighbour that must change with it is part of what it costs. So each row is a whole assignment, the
-cheapest one that has this placement, and says which other parameters it moves. The objective is that of `passes.shard`: seconds of a
-microbatch, with the memory it holds priced in. Compute and collectives are of one rank, for the whole model, without the pipeline.
+A placement is not judged alone: a neighbour that must change with it is part of what it costs. So each row is a whole
+assignment, the cheapest one that has this placement, and says which other parameters it moves. The objective is that
+of `passes.shard`: seconds of a microbatch, with the memory it holds priced in. Compute and collectives are of one
+rank, for the whole model, without the pipeline.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,19 +60,37 @@ class Explanation:
         assert best.objective_seconds is not None
         rows = []
         for c in self.candidates:
+            mark = "*" if c.chosen else ""
             if c.objective_seconds is None:
-                rows.append((" ", c.placement, "cannot be", "", "", "", "", ""))
+                rows.append((mark, c.placement, *("",) * 6, "cannot be"))
                 continue
-            more = c.objective_seconds - best.objective_seconds
-            rows.append((
-                "*" if c.chosen else " ", c.placement, _ms(c.objective_seconds), f"+{_ms(more)}" if not c.chosen else "", _ms(c.compute_seconds),
-                _ms(c.collective_seconds), bytes_text(c.rank_bytes), _moves(c.moves),
-            ))  # fmt: skip
-        headers = ("", "placement", "objective ms", "more", "compute ms", "collectives ms", "memory a rank", "then moves too")
-        align = ("left", "left", "right", "right", "right", "right", "right", "left")
+            more = "" if c.chosen else f"+{(c.objective_seconds / best.objective_seconds - 1) * 100:.2g}%"
+            memory_seconds = c.objective_seconds - c.compute_seconds - c.collective_seconds
+            rows.append(
+                (
+                    mark,
+                    c.placement,
+                    _ms(c.objective_seconds),
+                    more,
+                    _ms(c.compute_seconds),
+                    _ms(c.collective_seconds),
+                    _ms(memory_seconds),
+                    bytes_text(c.rank_bytes),
+                    _moves(c.moves),
+                )
+            )
+        headers = ("", "placement", "cost", "more", "compute", "tp", "memory", "a rank", "moves too")
+        align = ("left", "left", "right", "right", "right", "right", "right", "right", "left")
         table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
-        lines = [f"{self.name} ({' '.join(map(str, self.shape)) or 'scalar'}) over tp={self.mesh['tp']}", *(line.rstrip() for line in table.splitlines())]
-        return "\n".join(lines)
+        title = f"{self.name} ({' '.join(map(str, self.shape)) or 'scalar'}) over tp={self.mesh['tp']}"
+        return "\n".join([title, *(line.rstrip() for line in table.splitlines())])
+
+
+LEGEND = (
+    "Each row is the cheapest whole assignment that has this placement; * is the plan's.\n"
+    "cost = compute + tp (collectives) + memory (what is held, priced, and the optimizer's share), ms of a microbatch on one rank;\n"
+    "a rank: bytes held for the whole model without the pipeline; moves too: parameters that are then placed otherwise."
+)
 
 
 def _ms(seconds: float) -> str:
@@ -78,14 +98,22 @@ def _ms(seconds: float) -> str:
 
 
 def _moves(moves: Sequence[str]) -> str:
-    return f"{', '.join(moves[:2])}{f' and {len(moves) - 2} more' if len(moves) > 2 else ''}"
+    return f"{moves[0].partition(' to ')[0]}{f' + {len(moves) - 1}' if len(moves) > 1 else ''}" if moves else ""
 
 
 def explain(
-    traced: Traced, name: str, *, mesh: Mapping[str, int], hardware: Hardware, microbatches: int, schedule: str = "1f1b",
-    overrides: Overrides | None = None, progress: Callable[[str], None] = lambda text: None,
-) -> list[Explanation]:  # fmt: skip
-    """The candidates of parameter `name`, or of every parameter of the module with that path. BadArgument if there is none, or tp = 1.
+    traced: Traced,
+    name: str,
+    *,
+    mesh: Mapping[str, int],
+    hardware: Hardware,
+    microbatches: int,
+    schedule: str = "1f1b",
+    overrides: Overrides | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Explanation]:
+    """The candidates of parameter `name`, or of every parameter of the module with that path. BadArgument if there is
+    none, or tp = 1.
 
     The other arguments are those of the plan to explain.
     """
@@ -105,8 +133,6 @@ def explain(
 
 
 def _known(choices: Mapping[str, Any], name: str) -> str:
-    import difflib
-
     modules = {path for parameter in choices for path in _parents(parameter)}
     near = difflib.get_close_matches(name, sorted({*choices, *modules}), 6, 0.3)
     return ", ".join(near or [folded for folded, _ in fold_names(list(choices)[:1])])
@@ -121,7 +147,13 @@ class _Problem:
     """The shard pass's problem of a plan, solved once freely."""
 
     def __init__(
-        self, traced: Traced, mesh: Mapping[str, int], hardware: Hardware, microbatches: int, schedule: str, overrides: Overrides
+        self,
+        traced: Traced,
+        mesh: Mapping[str, int],
+        hardware: Hardware,
+        microbatches: int,
+        schedule: str,
+        overrides: Overrides,
     ) -> None:
         rows = traced.sizes.get("B", 1)
         self.mesh = dict(mesh)
@@ -133,7 +165,9 @@ class _Problem:
         overrides.check(self.module.graph, mesh)
         self.user_pins = overrides.pins(mesh)
         self.choices: dict[str, list[Placement]] = {}
-        self.state = {str(n.target): n for n in self.module.graph.nodes if is_state(n) and n.meta.get("kind") == "parameter"}
+        self.state = {
+            str(n.target): n for n in self.module.graph.nodes if is_state(n) and n.meta.get("kind") == "parameter"
+        }
         self.chosen = self._solve(None, None)
         self.chosen_cost = self._cost(self.chosen)
 
@@ -145,9 +179,15 @@ class _Problem:
             return [c for c in choices if c == placement] if parameter == name else choices
 
         return shard(
-            self.module, axis="tp", axis_size=self.mesh["tp"], pricing=self.pricing, microbatches=self.microbatches, in_flight=self.in_flight,
-            loss=self.loss, pins=pins,
-        )  # fmt: skip
+            self.module,
+            axis="tp",
+            axis_size=self.mesh["tp"],
+            pricing=self.pricing,
+            microbatches=self.microbatches,
+            in_flight=self.in_flight,
+            loss=self.loss,
+            pins=pins,
+        )
 
     def _cost(self, plan: ShardPlan) -> tuple[float, float, float]:
         """(compute seconds, collective seconds, bytes) of a microbatch on one rank."""
@@ -184,8 +224,16 @@ class _Problem:
                 candidates.append(Candidate(text, False))
                 continue
             compute, collectives, num_bytes = self.chosen_cost if chosen else self._cost(plan)
-            moved = [other for other, n in self.state.items() if other != name and plan.placement(n) != self.chosen.placement(n)]
-            candidates.append(Candidate(text, chosen, plan.objective_seconds, compute, collectives, num_bytes, self._moved(moved, plan)))
+            moved = [
+                other
+                for other, n in self.state.items()
+                if other != name and plan.placement(n) != self.chosen.placement(n)
+            ]
+            candidates.append(
+                Candidate(
+                    text, chosen, plan.objective_seconds, compute, collectives, num_bytes, self._moved(moved, plan)
+                )
+            )
         candidates.sort(key=lambda c: (c.objective_seconds is None, c.objective_seconds or 0.0, not c.chosen))
         return Explanation(name, tuple(kind.shape), self.mesh, tuple(candidates))
 
@@ -202,5 +250,5 @@ def placement_text(kind: TensorType, placement: Placement) -> str:
     """A candidate as it is printed: the notation, and for whole ones what becomes of the gradient."""
     text = notation(kind.shape, {"tp": placement} if isinstance(placement, (Shard, Partial)) else {})
     if isinstance(placement, Copied):
-        return f"{text} whole, gradient summed over tp"
+        return f"{text} whole, sum gradient"
     return f"{text} whole" if isinstance(placement, Replicate) else text

@@ -7,6 +7,7 @@ notebook all ranks are threads of it. Ranks are made at the first use that needs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_named
 from passes.overrides import Overrides
 from passes.schedules import schedule as schedule_named
+from passes.shard import SequenceParallel
 
 MOST_THREADS = 64  # ranks that one process may hold as threads
 
@@ -40,6 +42,7 @@ def parallelize(
     zero: int = 0,
     precision: str = "fp32",
     recompute: str = "none",
+    sequence_parallel: SequenceParallel = False,
     hardware: str | Hardware | None = None,
     overrides: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
@@ -53,7 +56,8 @@ def parallelize(
     being the arguments that forward does not take; else what the model returns: a scalar, the first of a tuple, `.loss` or `["loss"]`.
 
     microbatches: how many the batch is split into along the pipeline (None: four a stage, as far as there are rows). schedule: a name in
-    `autopar.schedules.SCHEDULES`. hardware: a profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
+    `autopar.schedules.SCHEDULES`. sequence_parallel: split norms, dropouts and residuals over tokens on the tp axis: False, "auto" (where
+    the cost model finds it cheaper), True. hardware: a profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
     plan: a saved plan of this model to use as it is. device: where ranks compute (None: where the model is). seed: for dropout.
 
     Errors: BadArgument, CaptureError (forward cannot be one graph), TooManyStages, NoLegalSharding, BadPlan.
@@ -69,8 +73,13 @@ def parallelize(
             raise BadArgument(f"{name} = {value!r} is not supported by this version", use=f"{name}={only!r}")
     if not isinstance(model, nn.Module):
         raise BadArgument(f"the model is a {type(model).__name__}, not an nn.Module")
+    if sequence_parallel not in (False, True, "auto"):
+        raise BadArgument(f"sequence_parallel = {sequence_parallel!r}", use='False, True or "auto"')
     schedule_named(schedule)
-    options = _Options(tp, pp, microbatches, schedule, loss_fn, _hardware(hardware, model), Overrides.of(overrides), plan, _device(device, model), seed)
+    options = _Options(
+        dict(plan.mesh) if plan is not None else {"pp": pp, "tp": tp}, microbatches, schedule, loss_fn, _hardware(hardware, model),
+        Overrides.of(overrides), plan, sequence_parallel, _device(device, model), seed,
+    )  # fmt: skip
     if launched():
         check_world_size(_world_size(), options.mesh)
     parallel = ParallelModel(model, options)
@@ -116,16 +125,20 @@ def _hardware(hardware: str | Hardware | None, model: nn.Module) -> Hardware:
     return hardware_named("cpu")
 
 
+@dataclass(frozen=True)
 class _Options:
     """What `parallelize` was asked for."""
 
-    def __init__(
-        self, tp: int, pp: int, microbatches: int | None, schedule: str, loss_fn: Callable[..., torch.Tensor] | None, hardware: Hardware,
-        overrides: Overrides, plan: Plan | None, device: torch.device, seed: int,
-    ) -> None:  # fmt: skip
-        self.mesh = dict(plan.mesh) if plan is not None else {"pp": pp, "tp": tp}
-        self.microbatches, self.schedule, self.loss_fn = microbatches, schedule, loss_fn
-        self.hardware, self.overrides, self.plan, self.device, self.seed = hardware, overrides, plan, device, seed
+    mesh: Mapping[str, int]
+    microbatches: int | None
+    schedule: str
+    loss_fn: Callable[..., torch.Tensor] | None
+    hardware: Hardware
+    overrides: Overrides
+    plan: Plan | None
+    sequence_parallel: SequenceParallel
+    device: torch.device
+    seed: int
 
 
 def model_name(model: nn.Module) -> str:
@@ -165,7 +178,7 @@ class ParallelModel:
         else:
             self._plan = make_plan(
                 self._traced, mesh=options.mesh, microbatches=options.microbatches, schedule=options.schedule, hardware=options.hardware,
-                model_name=model_name(self._model), overrides=options.overrides,
+                model_name=model_name(self._model), overrides=options.overrides, sequence_parallel=options.sequence_parallel,
             )  # fmt: skip
         return self._traced
 

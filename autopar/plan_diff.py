@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from autopar.plan_text import bytes_text, mesh_text, seconds_text, stage_layers, title
-from autopar.weight_rows import name_pattern, fold_names
+from autopar.weight_rows import fold_names, name_pattern
 
 if TYPE_CHECKING:
     from autopar.plan import Plan
@@ -31,12 +31,24 @@ def diff_text(before: Plan, after: Plan) -> str:
     add("microbatches", str(before.microbatches), str(after.microbatches))
     add("schedule", before.schedule, after.schedule)
     add("hardware", before.hardware, after.hardware)
-    add("seconds a step", seconds_text(a.step_seconds), seconds_text(b.step_seconds), _change(a.step_seconds, b.step_seconds))
+    add(
+        "seconds a step",
+        seconds_text(a.step_seconds),
+        seconds_text(b.step_seconds),
+        _change(a.step_seconds, b.step_seconds),
+    )
     add("bubble", f"{a.bubble_fraction:.1%}", f"{b.bubble_fraction:.1%}")
-    add("communication", seconds_text(a.communication_seconds), seconds_text(b.communication_seconds), _change(a.communication_seconds, b.communication_seconds))
+    add(
+        "communication",
+        seconds_text(a.communication_seconds),
+        seconds_text(b.communication_seconds),
+        _change(a.communication_seconds, b.communication_seconds),
+    )
     add("peak memory a rank", bytes_text(a.peak_bytes), bytes_text(b.peak_bytes), _change(a.peak_bytes, b.peak_bytes))
     for index in range(max(len(before.stages), len(after.stages))):
-        one, other = (stage_layers(plan.stages[index]) if index < len(plan.stages) else "none" for plan in (before, after))
+        one, other = (
+            stage_layers(plan.stages[index]) if index < len(plan.stages) else "none" for plan in (before, after)
+        )
         add(f"stage {index}", one, other)
     changed: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name in {**before.parameter_notation, **after.parameter_notation}:

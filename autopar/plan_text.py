@@ -1,7 +1,8 @@
-"""The printed plan: what a person reads to know who does what, how long it should take and why. And the same content for machines.
+"""The printed plan: what a person reads to know who does what, how long it should take and why. And the same content
+for machines.
 
-Nothing is decided or predicted here. Every figure is a field of the Plan; the tables are at most 120 columns wide for two stages and
-for hundreds.
+Nothing is decided or predicted here. Every figure is a field of the Plan; the tables are at most 120 columns wide for
+two stages and for hundreds.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ def title(plan: Plan) -> list[str]:
     predicted = plan.predicted
     split = f"{plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''}"
     batch = ", ".join(f"{name} = {value}" for name, value in plan.sizes.items())
-    rate, unit = (predicted.tflops_per_gpu, "TFLOP/s") if predicted.tflops_per_gpu >= 0.1 else (predicted.tflops_per_gpu * 1e3, "GFLOP/s")
+    rate, unit = (
+        (predicted.tflops_per_gpu, "TFLOP/s")
+        if predicted.tflops_per_gpu >= 0.1
+        else (predicted.tflops_per_gpu * 1e3, "GFLOP/s")
+    )
     return [
         f"{plan.model}: {count_text(plan.num_parameters)} parameters, {mesh_text(plan)}, {split}, {plan.schedule}, {plan.hardware}, {predicted.basis}",
         f"plan {plan.identity}: {seconds_text(predicted.step_seconds)} a step{f' of {batch}' if batch else ''}, "
@@ -91,7 +96,9 @@ def title(plan: Plan) -> list[str]:
 
 def stage_ranks(plan: Plan, stage: int) -> str:
     """The ranks of a stage: `4-7`."""
-    stride = math.prod(list(plan.mesh.values())[list(plan.mesh).index("pp") + 1 :]) if "pp" in plan.mesh else plan.num_ranks
+    stride = (
+        math.prod(list(plan.mesh.values())[list(plan.mesh).index("pp") + 1 :]) if "pp" in plan.mesh else plan.num_ranks
+    )
     found = [rank for rank in range(plan.num_ranks) if rank // stride % plan.mesh.get("pp", 1) == stage]
     if len(found) == 2 and found[1] == found[0] + 1:
         return f"{found[0]}-{found[1]}"
@@ -143,7 +150,9 @@ def stage_table(plan: Plan) -> list[dict[str, Any]]:
 
 
 def transfer_table(plan: Plan) -> list[dict[str, Any]]:
-    """The rows of TRANSFERS: each value once per stage it goes to, with the bytes one rank sends for the largest microbatch."""
+    """The rows of TRANSFERS: each value once per stage it goes to, with the bytes one rank sends for the largest
+    microbatch.
+    """
     rows = []
     sizes = dict(plan.sizes)
     if "B" in sizes:
@@ -153,7 +162,14 @@ def transfer_table(plan: Plan) -> list[dict[str, Any]]:
             dtype, shape = local_shape(send.type, sizes, plan.mesh)
             num_bytes = dtype.itemsize * math.prod(shape)
             rows += [
-                {"from": stage.index, "to": to, "value": name, "type": send.type, "bytes": num_bytes, "gradient": send.gradient}
+                {
+                    "from": stage.index,
+                    "to": to,
+                    "value": name,
+                    "type": send.type,
+                    "bytes": num_bytes,
+                    "gradient": send.gradient,
+                }
                 for to in send.to
             ]
     return rows
@@ -185,7 +201,9 @@ def _wrapped(text: str, indent: str = "", first: str = "") -> str:
     )
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = (), widths: Sequence[int | None] = ()) -> str:
+def _table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = (), widths: Sequence[int | None] = ()
+) -> str:
     """A table no wider than its `widths` ask for: longer cells go over several lines."""
     widths = widths or (None,) * len(headers)
     cells = [[_broken(cell, width) if width else cell for cell, width in zip(row, widths, strict=True)] for row in rows]
@@ -196,7 +214,9 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
 
 def _broken(cell: str, width: int) -> str:
     """A cell in lines of at most `width`: between words, then after the dots of a long name."""
-    words = [piece for word in cell.split() for piece in ([word] if len(word) <= width else re.findall(r"[^.]+\.?", word))]
+    words = [
+        piece for word in cell.split() for piece in ([word] if len(word) <= width else re.findall(r"[^.]+\.?", word))
+    ]
     lines, joined = [""], True
     for word in words:
         space = "" if joined else " "
@@ -213,34 +233,52 @@ def plan_text(plan: Plan) -> str:
     parts = ["\n".join(_wrapped(line, indent="  ") for line in title(plan))]
     stages = [
         (
-            str(row["stage"]), row["ranks"], row["layers"], count_text(row["parameters_per_rank"]), _three(row["forward_seconds"] * 1e3),
-            _three(row["backward_seconds"] * 1e3), _percent(row["collective_seconds"], row["forward_seconds"] + row["backward_seconds"]),
+            str(row["stage"]),
+            row["ranks"],
+            row["layers"],
+            count_text(row["parameters_per_rank"]),
+            _three(row["forward_seconds"] * 1e3),
+            _three(row["backward_seconds"] * 1e3),
+            _percent(row["collective_seconds"], row["forward_seconds"] + row["backward_seconds"]),
             bytes_text(row["peak_bytes"]),
         )
         for row in stage_table(plan)
-    ]  # fmt: skip
+    ]
     headers = ("stage", "ranks", "layers", "parameters", "forward ms", "backward ms", "of it tp", "peak memory")
     parts.append(
         "STAGES  (parameters and memory of one rank, times of one microbatch)\n"
         + _table(headers, stages, right=(3, 4, 5, 6, 7), widths=(None, 13, _LAYERS_WIDTH, *(None,) * 5))
     )
     weights = [(row.name, row.placement, row.meaning) for row in weight_rows(plan)]
-    placement_width, meaning_width = (min(most, max((len(row[k]) for row in weights), default=0)) for k, most in ((1, 32), (2, 40)))
+    placement_width, meaning_width = (
+        min(most, max((len(row[k]) for row in weights), default=0)) for k, most in ((1, 32), (2, 40))
+    )
     widths = (WIDTH - placement_width - meaning_width - 4, placement_width, meaning_width)
     parts.append("WEIGHTS\n" + _table(("parameter", "placement", "what it means"), weights, widths=widths))
     transfers = transfer_table(plan)
     if transfers:
-        rows = [
-            (str(t["from"]), str(t["to"]), t["value"], t["type"], _three(t["bytes"] / 1024), "yes" if t["gradient"] else "no")
+        crossings = [
+            (
+                str(t["from"]),
+                str(t["to"]),
+                t["value"],
+                t["type"],
+                _three(t["bytes"] / 1024),
+                "yes" if t["gradient"] else "no",
+            )
             for t in transfers
         ]
-        headers = ("from", "to", "value", "type", "KiB a microbatch", "gradient back")
-        parts.append(f"TRANSFERS  (from stage to stage)\n{_table(headers, rows, right=(4,), widths=(None, None, 28, 44, None, None))}")
+        columns = ("from", "to", "value", "type", "KiB a microbatch", "gradient back")
+        parts.append(
+            f"TRANSFERS  (from stage to stage)\n{_table(columns, crossings, right=(4,), widths=(None, None, 28, 44, None, None))}"
+        )
     timeline = timeline_text(plan)
     if timeline:
         parts.append(f"TIMELINE  ({plan.predicted.basis})\n{timeline}")
     if plan.notes:
-        parts.append("NOTES\n" + "\n".join(_wrapped(re.sub(r"\s+", " ", note), indent="  ", first="- ") for note in plan.notes))
+        parts.append(
+            "NOTES\n" + "\n".join(_wrapped(re.sub(r"\s+", " ", note), indent="  ", first="- ") for note in plan.notes)
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -32,7 +32,7 @@ from passes.placement import Copied, Partial, Shard, local_type, notation, parse
 from passes.rules import call_of
 from passes.schedules import schedule as schedule_named
 from passes.serialize import graph_to_json
-from passes.shard import ShardPlan, is_call, shard
+from passes.shard import SequenceParallel, ShardPlan, is_call, shard
 from passes.stages import StageGraph, held_in_stages, split_stages, stage_edges
 from passes.timeline import simulate
 
@@ -52,7 +52,7 @@ def choose_microbatches(rows: int, num_stages: int) -> int:
 
 def make_plan(
     traced: Traced, *, mesh: Mapping[str, int], microbatches: int | None, schedule: str, hardware: Hardware, model_name: str,
-    overrides: Overrides | None = None,
+    overrides: Overrides | None = None, sequence_parallel: SequenceParallel = False,
 ) -> Plan:  # fmt: skip
     """The plan for a mesh. BadArgument, TooManyStages or NoLegalSharding where it cannot be."""
     pp, tp = mesh["pp"], mesh["tp"]
@@ -70,7 +70,7 @@ def make_plan(
     overrides.check(graph, mesh)
     sharded = shard(
         weighted.module, axis="tp", axis_size=tp, pricing=pricing, microbatches=count, in_flight=row.max_in_flight(0, pp, count),
-        loss=loss, pins=overrides.pins(mesh),
+        loss=loss, pins=overrides.pins(mesh), sequence_parallel=sequence_parallel,
     )  # fmt: skip
     local = localize(weighted.module, sharded)
     rename(local)

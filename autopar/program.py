@@ -7,7 +7,7 @@ with a loss the function `loss_weights`. It runs under the runtime's Worker; it 
   or none. If it is missing, the stages' own INPUTS are used.
 - `loss_weights(*, <inputs>, <sizes>) -> tuple`: how much each of the loss terms of these rows counts: the number of
   labels for a mean over labels, None for a sum. A microbatch's share is its weight over the sum of all microbatches'
-  weights.
+  weights. It may ask for `p` and `device`, which are then the stage's.
 - `LOSS_STAGE` (optional): the stage whose outputs hold `loss`; the last if it is missing.
 """
 

@@ -1,8 +1,8 @@
 """What an emitted folder's `run.py` does on each rank: load the program and its weights, train on saved batches.
 
-It needs the folder, autopar and torch; the model's own source is not there. Weights come from one of three places, each cut into this
-rank's shards one tensor at a time: `weights_<rank>.pt` beside the program, a checkpoint of the whole model, or random numbers that every
-rank draws alike.
+It needs the folder, autopar and torch; the model's own source is not there. Weights come from one of three places,
+each cut into this rank's shards one tensor at a time: `weights_<rank>.pt` beside the program, a checkpoint of the
+whole model, or random numbers that every rank draws alike.
 """
 
 from __future__ import annotations
@@ -43,18 +43,28 @@ def _parser(folder: Path, num_ranks: int) -> argparse.ArgumentParser:
         "batches.pt holds a list of dicts of tensors, torch.save([{...}, ...], 'batches.pt'), under the names of BATCH in the programs.\n"
         "Without --random or --checkpoint the weights are weights_<rank>.pt beside the programs, as --save writes them.",
     )
-    parser.add_argument("--data", metavar="FILE", required=True, help="the batches to train on, used again from the first when they are over")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        required=True,
+        help="the batches to train on, used again from the first when they are over",
+    )
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", metavar="FILE", help="a state_dict of the whole model; each rank cuts out its shards")
     weights.add_argument(
-        "--random", action="store_true",
+        "--checkpoint", metavar="FILE", help="a state_dict of the whole model; each rank cuts out its shards"
+    )
+    weights.add_argument(
+        "--random",
+        action="store_true",
         help=f"initial weights: normal with standard deviation {INITIAL_STD}, biases 0, other one-dimensional parameters 1",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random weights and of dropout (default 0)")
     parser.add_argument("--steps", type=int, help="default: each batch once")
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's learning rate (default 1e-3)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--save", action="store_true", help="write the trained shards to weights_<rank>.pt beside the programs")
+    parser.add_argument(
+        "--save", action="store_true", help="write the trained shards to weights_<rank>.pt beside the programs"
+    )
     return parser
 
 
@@ -89,9 +99,12 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
     world = World.from_environment(program.mesh, device=device)
     try:
         parameters = {
-            name: torch.nn.Parameter(p.detach().to(world.device), requires_grad=p.requires_grad) for name, p in parameters.items()
+            name: torch.nn.Parameter(p.detach().to(world.device), requires_grad=p.requires_grad)
+            for name, p in parameters.items()
         }
-        worker = Worker(program, world, parameters, {name: b.to(world.device) for name, b in buffers.items()}, seed=arguments.seed)
+        worker = Worker(
+            program, world, parameters, {name: b.to(world.device) for name, b in buffers.items()}, seed=arguments.seed
+        )
         trained = [p for p in parameters.values() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=arguments.lr) if trained else None
         for step in range(arguments.steps or len(batches)):
@@ -117,7 +130,9 @@ def read_batches(path: str) -> list[dict[str, torch.Tensor]]:
     """A saved list of dicts of tensors. BadArgument if it is anything else."""
     content = _load(path)
     if not isinstance(content, list) or not content:
-        raise BadArgument(f"{path} holds a {type(content).__name__}", use="a list of dicts of tensors with at least one batch")
+        raise BadArgument(
+            f"{path} holds a {type(content).__name__}", use="a list of dicts of tensors with at least one batch"
+        )
     for batch in content:
         if not isinstance(batch, dict) or not all(isinstance(value, torch.Tensor) for value in batch.values()):
             raise BadArgument(f"a batch in {path} is no dict of tensors")
@@ -128,7 +143,9 @@ def _load(path: str) -> Any:
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # torch raises many kinds for files that are not its own
-        raise BadArgument(f"cannot read {path}", why=str(error).strip().splitlines()[0] if str(error) else type(error).__name__) from error
+        raise BadArgument(
+            f"cannot read {path}", why=str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        ) from error
 
 
 # ---- this rank's tensors ------------------------------------------------------------------------------------------
@@ -148,7 +165,9 @@ class _Held:
 def rank_tensors(
     folder: Path, rank: int, program: Program, *, checkpoint: str | None, random: bool, seed: int
 ) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.Tensor]]:
-    """(parameters, buffers) of a rank. WeightsMissing if a tensor has no source; DifferentModel if the checkpoint has other shapes."""
+    """(parameters, buffers) of a rank. WeightsMissing if a tensor has no source; DifferentModel if the checkpoint has
+    other shapes.
+    """
     plan = _plan(folder)
     held = _held(plan, program)
     file = folder / weights_file(rank, plan.num_ranks)
@@ -176,10 +195,15 @@ def rank_tensors(
             missing.append(name)
     if missing:
         raise WeightsMissing(
-            f"{missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} of rank {rank} have no values", why=source,
+            f"{missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} of rank {rank} have no values",
+            why=source,
             use="--checkpoint model.pt, --random, or `autopar emit --weights`, which writes weights_<rank>.pt",
-        )  # fmt: skip
-    parameters = {name: torch.nn.Parameter(t, requires_grad=held[name].trainable) for name, t in found.items() if held[name].is_parameter}
+        )
+    parameters = {
+        name: torch.nn.Parameter(t, requires_grad=held[name].trainable)
+        for name, t in found.items()
+        if held[name].is_parameter
+    }
     return parameters, {name: t for name, t in found.items() if not held[name].is_parameter}
 
 
@@ -196,7 +220,10 @@ def _held(plan: Plan, program: Program) -> dict[str, _Held]:
     held = {}
     for name, text in {**program.stage.PARAMS, **program.stage.BUFFERS}.items():
         if name not in records:
-            raise BadPlan(f"{name} is in the program of {dict(program.coords)} and not in {PLAN_FILE}", why="they are of different plans")
+            raise BadPlan(
+                f"{name} is in the program of {dict(program.coords)} and not in {PLAN_FILE}",
+                why="they are of different plans",
+            )
         shape = tuple(int(size) for size in parse_notation(text, axes)[0])
         is_parameter = name in program.stage.PARAMS
         dtype = parse_type(records[name]["type"], axes)[0].dtype

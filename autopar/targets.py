@@ -3,9 +3,9 @@
     path/to/file.py:name    package.module:name     a function returning (model, example_inputs), or a module class or instance
     hf:MODEL_TYPE                                   a Hugging Face causal language model from its default config, changed by --set
 
-A class or instance has `example_inputs` as an attribute, or its file has; either may be a function. Models are built on the meta
-device, which costs no memory and no time however large they are, unless a command has to run them. TargetNotFound says which part of a
-target is missing, and what is there instead.
+A class or instance has `example_inputs` as an attribute, or its file has; either may be a function. Models are built
+on the meta device, which costs no memory and no time however large they are, unless a command has to run them.
+TargetNotFound says which part of a target is missing, and what is there instead.
 """
 
 from __future__ import annotations
@@ -42,12 +42,18 @@ class Target:
 
 
 def resolve(
-    text: str, *, meta: bool, settings: Sequence[str] = (), batch: int | None = None, seq: int | None = None, seed: int = 0
+    text: str,
+    *,
+    meta: bool,
+    settings: Sequence[str] = (),
+    batch: int | None = None,
+    seq: int | None = None,
+    seed: int = 0,
 ) -> Target:
     """The model of a TARGET and its example inputs; on the meta device if `meta` and the model can be built there.
 
-    `settings` are KEY=VALUE changes of an hf: target's config; `batch` and `seq` the size of its inputs. TargetNotFound names the part
-    of the target that is missing or of the wrong form; BadArgument is for the rest.
+    `settings` are KEY=VALUE changes of an hf: target's config; `batch` and `seq` the size of its inputs.
+    TargetNotFound names the part of the target that is missing or of the wrong form; BadArgument is for the rest.
     """
     for name, value in (("--batch", batch), ("--seq", seq)):
         if value is not None and value < 1:
@@ -74,7 +80,9 @@ FORMS = "path/to/file.py:name, package.module:name or hf:MODEL_TYPE"
 def _file_module(place: str) -> ModuleType:
     path = Path(place)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], 3, 0.4)
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], 3, 0.4
+        )
         missing = f"there is no file {place}" if path.parent.is_dir() else f"there is no folder {path.parent}"
         raise TargetNotFound(missing, use=", ".join(str(path.parent / name) for name in near) or FORMS)
     name = re.sub(r"\W", "_", path.stem)
@@ -132,7 +140,9 @@ def _line_of(error: BaseException, path: Path | None) -> str | None:
     at, line = error.__traceback__, None
     while at is not None:
         file = at.tb_frame.f_code.co_filename
-        if path is not None and Path(file).resolve() == path.resolve() or path is None and __file__ != file and "importlib" not in file:
+        if (path is not None and Path(file).resolve() == path.resolve()) or (
+            path is None and __file__ != file and "importlib" not in file
+        ):
             line = f"{file}:{at.tb_lineno}"
         at = at.tb_next
     return line
@@ -154,7 +164,11 @@ def _candidates(module: ModuleType, name: str) -> str:
         own = getattr(value, "__module__", None) == module.__name__
         if key.startswith("_") or not (own or isinstance(value, nn.Module)):
             continue
-        if isinstance(value, nn.Module) or (isinstance(value, type) and issubclass(value, nn.Module)) or (callable(value) and not isinstance(value, type)):
+        if (
+            isinstance(value, nn.Module)
+            or (isinstance(value, type) and issubclass(value, nn.Module))
+            or (callable(value) and not isinstance(value, type))
+        ):
             found.append(key)
     close = difflib.get_close_matches(name, found, 8, 0.0)
     return f"one of {', '.join(close)}" if close else "a file with a function that returns (model, example_inputs)"
@@ -171,12 +185,20 @@ def _built(value: Any, module: ModuleType, text: str, meta: bool) -> Target:
         return Target(model, _example_inputs(model, module, text))
     if not callable(value) or isinstance(value, type):
         raise TargetNotFound(
-            f"{text} is a {'class' if isinstance(value, type) else type(value).__name__}", use="a function returning (model, example_inputs), or an nn.Module"
+            f"{text} is a {'class' if isinstance(value, type) else type(value).__name__}",
+            use="a function returning (model, example_inputs), or an nn.Module",
         )
     result = _on_meta(value, meta, f"calling {text}()", module)
     if not (isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[0], nn.Module)):
-        kinds = ", ".join(type(item).__name__ for item in result) if isinstance(result, (tuple, list)) else type(result).__name__
-        raise TargetNotFound(f"{text}() returned {kinds}", use="(model, example_inputs): an nn.Module, and a dict or tuple of its arguments")
+        kinds = (
+            ", ".join(type(item).__name__ for item in result)
+            if isinstance(result, (tuple, list))
+            else type(result).__name__
+        )
+        raise TargetNotFound(
+            f"{text}() returned {kinds}",
+            use="(model, example_inputs): an nn.Module, and a dict or tuple of its arguments",
+        )
     return Target(result[0], _checked(result[1], text))
 
 
@@ -208,9 +230,11 @@ def _example_inputs(model: nn.Module, module: ModuleType, text: str) -> ExampleI
 def _checked(inputs: Any, text: str) -> ExampleInputs:
     if isinstance(inputs, torch.Tensor):
         return (inputs,)
-    if isinstance(inputs, Mapping) or isinstance(inputs, (tuple, list)):
+    if isinstance(inputs, (Mapping, tuple, list)):
         return inputs if isinstance(inputs, Mapping) else tuple(inputs)
-    raise TargetNotFound(f"the example inputs of {text} are a {type(inputs).__name__}", use="a dict of keyword arguments, or a tuple")
+    raise TargetNotFound(
+        f"the example inputs of {text} are a {type(inputs).__name__}", use="a dict of keyword arguments, or a tuple"
+    )
 
 
 # ---- Hugging Face -------------------------------------------------------------------------------------------------
@@ -221,12 +245,16 @@ def _hub_model(model_type: str, meta: bool, settings: Sequence[str], batch: int,
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError as error:
-        raise TargetNotFound("hf: targets need transformers, which is not installed", use="pip install transformers") from error
+        raise TargetNotFound(
+            "hf: targets need transformers, which is not installed", use="pip install transformers"
+        ) from error
     logging.set_verbosity_error()
     types = sorted(kind.model_type for kind in MODEL_FOR_CAUSAL_LM_MAPPING)
     if model_type not in types:
         near = difflib.get_close_matches(model_type, types, 6, 0.4)
-        raise TargetNotFound(f"transformers has no causal language model of type {model_type!r}", use=_listed(near or types))
+        raise TargetNotFound(
+            f"transformers has no causal language model of type {model_type!r}", use=_listed(near or types)
+        )
     config = AutoConfig.for_model(model_type)
     changes = {}
     for setting in settings:
@@ -236,7 +264,10 @@ def _hub_model(model_type: str, meta: bool, settings: Sequence[str], batch: int,
         config = AutoConfig.for_model(model_type, **changes)
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if isinstance(longest, int) and seq > longest:
-            raise BadArgument(f"--seq {seq} is more than the {longest} positions of {HUB}{model_type}", use=f"--seq {longest}, or --set max_position_embeddings={seq}")
+            raise BadArgument(
+                f"--seq {seq} is more than the {longest} positions of {HUB}{model_type}",
+                use=f"--seq {longest}, or --set max_position_embeddings={seq}",
+            )
         with torch.device("meta" if meta else "cpu"):
             model = AutoModelForCausalLM.from_config(config)
             tokens = torch.randint(0, config.get_text_config().vocab_size, (batch, seq))
@@ -248,7 +279,9 @@ def _hub_model(model_type: str, meta: bool, settings: Sequence[str], batch: int,
 
 
 def _setting(setting: str, config: Any, model_type: str) -> tuple[str, Any]:
-    """KEY=VALUE as a value of the kind that the default config has there. BadArgument for an unknown key or another kind."""
+    """KEY=VALUE as a value of the kind that the default config has there. BadArgument for an unknown key or another
+    kind.
+    """
     key, equals, text = setting.partition("=")
     if not equals:
         raise BadArgument(f"--set {setting}", use="--set KEY=VALUE")
@@ -264,7 +297,10 @@ def _setting(setting: str, config: Any, model_type: str) -> tuple[str, Any]:
     if isinstance(before, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(before, (bool, int, float, str)) and value is not None and type(value) is not type(before):
-        raise BadArgument(f"--set {setting}: {key} is a {type(before).__name__}, as in {key}={before}", why=f"{text!r} is read as {type(value).__name__}")
+        raise BadArgument(
+            f"--set {setting}: {key} is a {type(before).__name__}, as in {key}={before}",
+            why=f"{text!r} is read as {type(value).__name__}",
+        )
     return key, value
 
 

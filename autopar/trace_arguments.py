@@ -3,6 +3,7 @@ values."""
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import keyword
 import re
@@ -14,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from costmodel.errors import BadArgument
+from passes.names import RESERVED
 
 Path = tuple[str | int, ...]
 
@@ -100,12 +102,13 @@ def dotted(path: Path) -> str:
 
 
 def input_names(paths: list[Path], taken: set[str]) -> list[str]:
-    """A python identifier per input: `idx`, `batch_x` for batch["x"]; never a keyword or a size's name."""
+    """A python identifier per input: `idx`, `batch_x` for batch["x"]; never a size's name or one that programs use."""
     names: list[str] = []
+    taken = {*taken, *RESERVED, *keyword.kwlist, *dir(builtins)}
     for path in paths:
         name = re.sub(r"\W", "_", "_".join(map(str, path)))
         name = f"input_{name}" if not name or name[0].isdigit() else name
-        while keyword.iskeyword(name) or name in taken or name in names:
+        while name in taken or name in names:
             name += "_"
         names.append(name)
     return names

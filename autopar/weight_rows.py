@@ -1,8 +1,10 @@
-"""The rows of a printed plan's WEIGHTS: each parameter's placement and what it means in words, repeated layers in one row.
+"""The rows of a printed plan's WEIGHTS: each parameter's placement and what it means in words, repeated layers in one
+row.
 
-The words come from what the stages' graphs do with a parameter, never from its name: a split that leaves a sum owed is by "row", one
-that does not is by "column"; where the split dim is looked up with an input of the model or ends in the cross entropy, it is the
-"vocabulary"; where attention follows or precedes it, whole heads stay together. Names are read for one thing only: numbers between dots.
+The words come from what the stages' graphs do with a parameter, never from its name: a split that leaves a sum owed
+is by "row", one that does not is by "column"; where the split dim is looked up with an input of the model or ends in
+the cross entropy, it is the "vocabulary"; where attention follows or precedes it, whole heads stay together. Names
+are read for one thing only: numbers between dots.
 """
 
 from __future__ import annotations
@@ -56,9 +58,11 @@ def name_pattern(name: str) -> str:
 
 
 def fold_names(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Names of one pattern in as few folded ones as say exactly the same: `h.{0..11}.attn.qkv.weight`, and how many each stands for.
+    """Names of one pattern in as few folded ones as say exactly the same: `h.{0..11}.attn.qkv.weight`, and how many
+    each stands for.
 
-    Where the numbers are not all combinations of each other (two lists of different lengths), the first number alone is folded.
+    Where the numbers are not all combinations of each other (two lists of different lengths), the first number alone
+    is folded.
     """
     parts = [name.split(".") for name in names]
     places = [k for k, part in enumerate(parts[0]) if part.isdigit()]
@@ -69,7 +73,10 @@ def fold_names(names: Sequence[str]) -> list[tuple[str, int]]:
     by_rest: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for first, *rest in numbers:
         by_rest[tuple(rest)].append(first)
-    return [(_filled(parts[0], places, [sorted(firsts), *([n] for n in rest)]), len(firsts)) for rest, firsts in by_rest.items()]
+    return [
+        (_filled(parts[0], places, [sorted(firsts), *([n] for n in rest)]), len(firsts))
+        for rest, firsts in by_rest.items()
+    ]
 
 
 def _filled(parts: Sequence[str], places: Sequence[int], columns: Sequence[Sequence[int]]) -> str:
@@ -111,7 +118,9 @@ def meanings(plan: Plan) -> dict[str, str]:
         also[name].append(alias)
     found = {}
     for name, shard in shards.items():
-        text = _split_text(shard, uses[name]) if shard else "whole, gradient summed over tp" if name in owed else "whole"
+        text = (
+            _split_text(shard, uses[name]) if shard else "whole, gradient summed over tp" if name in owed else "whole"
+        )
         found[name] = text + (f"; is also {', '.join(also[name])}" if also[name] else "")
     return found
 
@@ -137,7 +146,9 @@ def _split_text(shard: Shard, uses: Sequence[str]) -> str:
 
 @dataclass
 class _Records:
-    """A stage's graph as its records tell it: who reads what. No graph module is built: printing a large plan stays quick."""
+    """A stage's graph as its records tell it: who reads what. No graph module is built: printing a large plan stays
+    quick.
+    """
 
     stage: StagePlan
     by_name: dict[str, Record] = field(default_factory=dict)
@@ -187,7 +198,11 @@ class _Records:
         return kind + (f", then {self._following_collective(user['name'])}" if owes else "")
 
     def _looked_up_with_input(self, user: Record, weight: str) -> bool:
-        return any(self.by_name[name]["op"] == "placeholder" and name in self.stage.inputs for name in _nodes(user) if name != weight)
+        return any(
+            self.by_name[name]["op"] == "placeholder" and name in self.stage.inputs
+            for name in _nodes(user)
+            if name != weight
+        )
 
     def _meets_attention(self, name: str, ahead: bool) -> bool:
         """True if attention is ahead of (or behind) a call with no other matrix in between."""

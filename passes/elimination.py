@@ -3,7 +3,8 @@
 Variables are eliminated one by one, cheapest first (smallest joint table over the neighbours that remain); each elimination adds up
 the tables that mention the variable and takes the minimum over it, which leaves one table over its neighbours. Going back through
 the eliminations gives the assignment. The result is the true minimum; time and memory are exponential only in the width of the
-graph, which is small for neural networks (a residual stream and a few shared values), linear in depth.
+graph, which is small for neural networks (a residual stream and a few shared values), linear in depth. Where it is not, values that no
+best assignment needs are left out first (`passes.dominance`).
 Source: Bertelè and Brioschi, Nonserial Dynamic Programming, 1972; Dechter, Bucket elimination, 1999.
 """
 
@@ -15,7 +16,10 @@ from math import prod
 
 import torch
 
+from passes.dominance import Factor, restricted, undominated
+
 LARGEST_TABLE = 50_000_000
+WIDE = 100_000  # entries of a table from which on it pays to leave out dominated values first
 
 
 def minimise(domains: Sequence[int], factors: Sequence[tuple[tuple[int, ...], torch.Tensor]]) -> tuple[list[int], float]:
@@ -24,6 +28,19 @@ def minimise(domains: Sequence[int], factors: Sequence[tuple[tuple[int, ...], to
     domains[v]: number of values of variable v. factors: (variables, table) with table.shape = their domains, in that order; inf forbids.
     MemoryError if the graph is too wide for an exact answer.
     """
+    found = _eliminate(domains, factors, WIDE)
+    if found is not None:
+        return found
+    alive = undominated(domains, factors)
+    found = _eliminate([len(left) for left in alive], restricted(factors, alive), LARGEST_TABLE)
+    if found is None:
+        raise MemoryError("the sharding problem is too wide: an exact answer needs a table of more than 50 million entries")
+    assignment, least = found
+    return [int(left[index]) for left, index in zip(alive, assignment, strict=True)], least
+
+
+def _eliminate(domains: Sequence[int], factors: Sequence[Factor], largest: int) -> tuple[list[int], float] | None:
+    """The assignment and the sum; None if a table of more than `largest` entries is needed."""
     touching: list[list[int]] = [[] for _ in domains]
     tables: list[tuple[tuple[int, ...], torch.Tensor] | None] = []
     neighbours: list[set[int]] = [set() for _ in domains]
@@ -50,8 +67,8 @@ def minimise(domains: Sequence[int], factors: Sequence[tuple[tuple[int, ...], to
         cost, variable = heapq.heappop(heap)
         if done[variable] or cost != weight(variable):
             continue
-        if cost > LARGEST_TABLE:
-            raise MemoryError(f"the sharding problem is too wide: a table of {cost} entries")
+        if cost > largest:
+            return None
         done[variable] = True
         rest = tuple(sorted(neighbours[variable]))
         order = (*rest, variable)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from passes.grouped_heads import group_heads
-from passes.ir import is_kept, is_trainable, output_types, tensor_inputs, tensor_type
+from passes.ir import is_kept, is_trainable, output_types, size_expr, tensor_inputs, tensor_type
 from passes.placement import Copied, Placement, Replicate, Shard
 from passes.reshard import find_reshard
 from passes.rules import RULES, Strategy
@@ -90,6 +91,7 @@ class _Localizer:
             arguments = row.arguments(have, want)
             if not is_trainable(node):
                 arguments.pop("partial_gradient", None)
+            arguments = {name: self._with_sizes(value) for name, value in arguments.items()}
             placed = self.graph.call_function(row.function, (copy, self.plan.axis), arguments)
             placed.meta = {**node.meta, "sharding": {} if isinstance(want, Replicate) else {self.plan.axis: want}, "reshard": row}
             placed.meta.pop("tensors", None)
@@ -131,6 +133,24 @@ class _Localizer:
         elif isinstance(strategy.outputs[0], Shard):
             sizes[strategy.outputs[0].dim] = self._divided(sizes[strategy.outputs[0].dim])
         return (*args[: rule.sizes], sizes, *args[rule.sizes + 1 :])
+
+    def _with_sizes(self, value: Any) -> Any:
+        """An argument with symbolic sizes replaced by the nodes that compute them."""
+        if isinstance(value, tuple):
+            return tuple(self._with_sizes(item) for item in value)
+        if not isinstance(value, sympy.Expr):
+            return value
+        if value.is_Integer:
+            return int(value)
+        known = next((copy for node, copy in self.copies.items() if size_expr(node) == value), None)
+        if known is not None:
+            return known
+        assert value.is_Mul, f"no node computes {value}"
+        first, *rest = (self._with_sizes(factor) for factor in value.args)
+        for factor in rest:
+            first = self.graph.call_function(operator.mul, (first, factor))
+        first.meta = {"size": value}
+        return first
 
     def _divided(self, size: Any) -> Any:
         if isinstance(size, int):

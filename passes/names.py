@@ -33,7 +33,7 @@ _OP_NAMES = {
     "any": "some", "round": "rounded", "add": "added", "mul": "product", "mm": "product", "bmm": "product",
     "matmul": "product", "to": "cast", "_to_copy": "cast",
 }  # fmt: skip
-_RESERVED = {"torch", "F", "aten", "self", "p", "forward", "math", "operator"}
+RESERVED = frozenset({"torch", "F", "aten", "self", "p", "device", "forward", "math", "operator"})  # in programs
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
 
 
@@ -108,7 +108,7 @@ def readable_names(graph: fx.Graph) -> dict[fx.Node, str]:
     """A unique Python identifier for every node but the output; the same graph gives the same names."""
     wanted = _assigned_names(graph)
     names: dict[fx.Node, str] = {}
-    taken = {*_RESERVED, *keyword.kwlist, *dir(builtins)}
+    taken = {*RESERVED, *keyword.kwlist, *dir(builtins)}
     for node in graph.nodes:
         if node.op == "placeholder":
             names[node] = str(node.target)

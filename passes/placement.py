@@ -78,13 +78,13 @@ def segment_sizes(size: Size, segments: Size | tuple[int, ...]) -> tuple[Size, .
 
 
 def divides(size: Size, segments: Size | tuple[int, ...], axis_size: int) -> bool:
-    """True if each block of a dim of `size` splits evenly over `axis_size` ranks."""
+    """True if each block of a dim of `size` splits evenly over `axis_size` ranks; symbolic blocks are taken to, and checked at run time."""
     if isinstance(segments, tuple):
         return sum(segments) == size and all(block % axis_size == 0 for block in segments)
+    if isinstance(size, int) and isinstance(segments, int):
+        return size % segments == 0 and size // segments % axis_size == 0
     block = sympy.sympify(size) / segments
-    if block.is_Integer:
-        return int(block) % axis_size == 0
-    return bool((block / axis_size).is_integer)
+    return int(block) % axis_size == 0 if block.is_Integer else bool(block.is_integer)
 
 
 def local_size(size: Size, placement: Placement, dim: int, axis_size: int) -> Size:
@@ -279,4 +279,9 @@ def local_shape(text: str, sizes: Mapping[str, int], axis_sizes: Mapping[str, in
     value, sharding = parse_type(text, tuple(axis_sizes))
     local = local_type(value, sharding, axis_sizes)
     numbers = {size_symbol(name): number for name, number in sizes.items()}
-    return value.dtype, tuple(size if isinstance(size, int) else int(size.subs(numbers)) for size in local.shape)
+    shape = [size if isinstance(size, int) else size.subs(numbers) for size in local.shape]
+    for size in shape:
+        if not isinstance(size, int) and not size.is_Integer:
+            given = ", ".join(f"{name} = {number}" for name, number in sizes.items())
+            raise UnevenShard(f"cannot split {text} evenly", why=f"{given or 'its sizes are unknown'}, {dict(axis_sizes)}", use="sizes that the axis divides")
+    return value.dtype, tuple(int(size) for size in shape)

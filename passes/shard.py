@@ -16,8 +16,8 @@ some user might want, so that a want shared by three users (q, k and v) is paid 
 
 Activations are split by weights: a value becomes split where it meets a split weight, whole again where a sum over the split dim
 is all-reduced, and a whole value is sliced only to join another that is split (replicated k and v beside the heads of q). Splitting
-and gathering activations elsewhere (the rows of RESHARDS that regroup), and splitting batch and sequence dims (symbolic sizes), is
-sequence parallelism in the wide sense; `split_data` allows it.
+and gathering values between the matmuls (the rows of RESHARDS that regroup) is left to sequence parallelism, which may split the
+sequence dims (symbolic sizes other than the batch) of norms, dropouts and residuals. Batch dims are other axes' to split.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import sympy
 import torch
 from torch import fx
 
@@ -35,8 +36,8 @@ from costmodel.memory import optimizer_seconds, training_state_bytes
 from passes.annotation import Binding, Cut
 from passes.costs import Pricing, is_number
 from passes.elimination import minimise
-from passes.ir import Size, TensorType, calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
-from passes.placement import COPIED, REPLICATE, Copied, Placement, Shard
+from passes.ir import Size, TensorType, calls, is_state, is_trainable, output_types, size_symbol, tensor_inputs, tensor_type
+from passes.placement import COPIED, REPLICATE, Copied, Partial, Placement, Shard
 from passes.reshard import collective_seconds
 from passes.rules import RULES, Call, Strategy, call_of, strategies
 
@@ -45,6 +46,7 @@ from passes.rules import RULES, Call, Strategy, call_of, strategies
 MEMORY_WEIGHT = 24.0
 
 Value = tuple[fx.Node, int]  # a tensor: the node that yields it and which of its results it is
+SequenceParallel = bool | Literal["auto"]
 Users = dict[Value, list[tuple[fx.Node, tuple[int, ...]]]]  # of each value: the calls that use it, and in which argument slots
 Pins = Callable[[str, TensorType, Sequence[Placement]], Sequence[Placement]]
 
@@ -166,7 +168,7 @@ class _Problem:
     axis_size: int
     microbatches: int
     in_flight: int
-    split_data: bool
+    sequence_parallel: SequenceParallel
     calls: dict[fx.Node, Call]
     cuts: _Cuts
     choices: list[list[Any]] = field(default_factory=list)
@@ -182,6 +184,22 @@ class _Problem:
         self.choices.append(list(choices))
         return len(self.choices) - 1
 
+    def _splittable(self, size: Size) -> bool:
+        return is_number(size) or self._is_tokens(size)
+
+    def _is_tokens(self, size: Size) -> bool:
+        """True for a sequence dim (symbolic, not the batch) that sequence parallelism may split over the axis."""
+        if self.sequence_parallel is False or isinstance(size, int) or size_symbol("B") in size.free_symbols or is_number(size):
+            return False
+        return self.pricing.number(size) % self.axis_size == 0
+
+    def _splits_tokens(self, kind: TensorType, placement: Placement) -> bool:
+        """True for a shard of a sequence dim, fused with the batch or not."""
+        if not isinstance(placement, Shard) or isinstance(placement.segments, tuple):
+            return False
+        size = sympy.sympify(kind.shape[placement.dim]) / placement.segments
+        return self._is_tokens(size)
+
     # ---- choices and what each costs by itself ----------------------------------------------------------------------
 
     def add_call(self, node: fx.Node, parametric: bool) -> None:
@@ -191,10 +209,9 @@ class _Problem:
             self.fixed[node] = Strategy((REPLICATE,) * len(call.inputs), (REPLICATE,) * len(call.outputs))
             return
         differentiable = tuple(is_trainable(arg) for arg in tensor_inputs(node))
-        splittable: Callable[[Size], bool] = (lambda size: True) if self.split_data else is_number
         found = strategies(
             RULES.get(node.target), call, axis_size=self.axis_size, differentiable=differentiable,
-            result_differentiable=is_trainable(node), cuts=self.cuts.for_call(node), splittable=splittable,
+            result_differentiable=is_trainable(node), cuts=self.cuts.for_call(node), splittable=self._splittable,
         )  # fmt: skip
         found = list(dict.fromkeys(found))
         self.variables[node] = variable = self._variable(found)
@@ -252,6 +269,11 @@ class _Problem:
             table = [seconds + price * num_bytes + index * tie for index, (seconds, num_bytes) in enumerate(costs)]
             self.factors.append(((variable,), torch.tensor(table, dtype=torch.float64)))
 
+    def _token_shards(self, kind: TensorType) -> list[Placement]:
+        """The ways to split a value's tokens: a dim of its own, or fused with the batch."""
+        rows = size_symbol("B")
+        return [Shard(dim, rows if not isinstance(size, int) and rows in size.free_symbols else 1) for dim, size in enumerate(kind.shape) if size != rows]
+
     # ---- what passes between them -----------------------------------------------------------------------------------
 
     def wants(self, node: fx.Node, slots: tuple[int, ...]) -> list[tuple[Want, ...]]:
@@ -283,9 +305,13 @@ class _Problem:
         """Cost tables of one value: each distinct placement that its users want is reached once, whoever shares it."""
         kind, trainable = output_types(value[0])[value[1]], is_trainable(value[0])
         have, producer = tuple(self.offers(value)), self.variables.get(value[0])
+        has_tokens = any(self._splits_tokens(kind, placement) for placement in self._token_shards(kind))
 
         def cost(source: Placement, want: Want) -> float:
-            regroup = self.split_data or (want.joins and isinstance(source, Copied))
+            tokens = self._splits_tokens(kind, source) or self._splits_tokens(kind, want.placement)
+            if self.sequence_parallel is True and has_tokens and isinstance(source, Partial) and not isinstance(want.placement, (Partial, Shard)):
+                return float("inf")  # reduce-scatter over tokens instead
+            regroup = tokens or (want.joins and isinstance(source, Copied))
             return self.pricing.reshard_seconds(kind, source, want.placement, self.axis_size, trainable, regroup)
 
         wants = [(self.variables.get(user), self.wants(user, slots)) for user, slots in consumers]
@@ -322,11 +348,13 @@ class _Problem:
 
 def shard(
     module: fx.GraphModule, *, axis: str, axis_size: int, pricing: Pricing, microbatches: int = 1, in_flight: int = 1,
-    loss: fx.Node | None = None, pins: Pins | None = None, split_data: bool = False,
+    loss: fx.Node | None = None, pins: Pins | None = None, sequence_parallel: SequenceParallel = False,
 ) -> ShardPlan:  # fmt: skip
     """The cheapest assignment of strategies and placements for one axis. The graph is not touched.
 
     `loss` must come out whole; other results of the model may stay split. `pins(name, type, choices)` narrows a parameter's choices.
+    `sequence_parallel`: whether values between the matmuls may be split over tokens: False, "auto" (where it is cheaper), True (wherever
+    a sum over the axis can be scattered over tokens, it is).
     NoLegalSharding if the pins leave no assignment.
     """
     graph = module.graph
@@ -337,7 +365,7 @@ def shard(
     parametric = depends_on_parameters(graph)
     bindings = {node: RULES[node.target].binding(call) for node, call in nodes.items() if node in parametric and node.target in RULES}
     unruled = tuple(node for node in nodes if node in parametric and node.target not in RULES)
-    problem = _Problem(pricing, axis_size, microbatches, in_flight, split_data, nodes, _Cuts(bindings))
+    problem = _Problem(pricing, axis_size, microbatches, in_flight, sequence_parallel, nodes, _Cuts(bindings))
     users: Users = {}
     for node in nodes:
         problem.add_call(node, node in parametric)

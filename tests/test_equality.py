@@ -156,6 +156,31 @@ def test_ten_rows_in_four_microbatches_with_different_numbers_of_labels(kind: st
     par.close()
 
 
+class Auxiliary(Classifier):
+    """A loss term of the first layer, and one of the last with class weights in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(LOSSES["mean over labels"])
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(4)))
+        self.criterion = nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)
+
+    def forward(self, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        auxiliary = (x.square().sum(-1) * mask).sum() / mask.sum()
+        logits = self.out(F.gelu(self.inner(self.blocks(x))))
+        return self.criterion(logits.flatten(0, 1), labels.flatten()) + 0.1 * auxiliary
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2), (1, 4)])
+def test_loss_terms_on_different_stages(mesh: tuple[int, int]) -> None:
+    model, batch = Auxiliary(), ragged_batch()
+    par = autopar.parallelize(model, batch, tp=mesh[0], pp=mesh[1], microbatches=4)
+    loss, expected = par.step(**batch), model(**batch)
+    expected.backward()
+    assert_equal_to(model, par, loss, expected)
+    par.close()
+
+
 def test_the_average_of_the_microbatches_losses_would_be_another_number() -> None:
     """What the shares are for: these batches tell."""
     batch = ragged_batch()

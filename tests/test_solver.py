@@ -13,17 +13,18 @@ import torch
 from torch import fx, nn
 
 from autopar.trace import Traced, trace
-from costmodel.hardware import Hardware, hardware
+from costmodel.hardware import hardware
+from costmodel.memory import optimizer_seconds, training_state_bytes
 from passes import shard as shard_pass
 from passes.costs import Pricing
 from passes.elimination import minimise
 from passes.ir import TensorType, calls, is_state, is_trainable, tensor_inputs, tensor_type
 from passes.localize import localize
 from passes.loss import weigh_loss
-from passes.placement import COPIED, PARTIAL, REPLICATE, Copied, Placement, Replicate, Shard, notation
-from passes.reshard import all_gather, all_reduce, copy_to
+from passes.placement import COPIED, REPLICATE, Placement, Shard, notation
+from passes.reshard import collective_seconds
 from passes.rules import RULES, Strategy, call_of, strategies
-from passes.shard import ShardPlan, shard
+from passes.shard import shard
 
 aten = torch.ops.aten
 INF = float("inf")
@@ -134,7 +135,8 @@ class Net:
             return self.call(aten.softmax.int, x, -1)
         if kind == "square":
             return self.call(aten.mul.Tensor, x, x)
-        return self.call(aten.softmax.int, self.call(aten.view.default, x, [rows * 3, width // 3]), 0)
+        factor = 3 if width % 3 == 0 else 2
+        return self.call(aten.softmax.int, self.call(aten.view.default, x, [rows * factor, width // factor]), 0)
 
 
 def objective_of_the_best(net: Net, pricing: Pricing, axis_size: int, microbatches: int, in_flight: int, split_data: bool, limit: int) -> float | None:
@@ -174,14 +176,24 @@ def objective_of_the_best(net: Net, pricing: Pricing, axis_size: int, microbatch
         total = total + table.permute(ranked).reshape(shape)
 
     # seconds and bytes of every choice on its own
-    own: dict[fx.Node, list[tuple[float, float]]] = {}
-    problem = shard_pass._Problem(pricing, axis_size, microbatches, in_flight, split_data)
-    for n in order:
-        value = tensor_type(n)
-        if n in params:
-            own[n] = [problem.state_seconds(value, p) if is_trainable(n) else (0.0, float(pricing.num_bytes(value))) for p in domains[n]]
-        else:
-            own[n] = [problem.call_seconds(call_of(n), tuple(is_trainable(a) for a in tensor_inputs(n)), s) for s in domains[n]]
+    def all_reduce_seconds(value: TensorType) -> float:
+        return collective_seconds("all_reduce", num_bytes=pricing.num_bytes(value), axis_size=axis_size, link=pricing.link(axis_size))
+
+    def of_call(node: fx.Node, strategy: Strategy) -> tuple[float, float]:
+        call = call_of(node)
+        cost = pricing.cost(call, tuple(is_trainable(a) for a in tensor_inputs(node)), strategy, axis_size)
+        inside = strategy.local.all_reduces * all_reduce_seconds(call.inputs[-1]) if strategy.local else 0.0
+        return sum(pricing.seconds(cost, call.outputs[0])) + inside, float(cost.saved_bytes)
+
+    def of_parameter(node: fx.Node, placement: Placement) -> tuple[float, float]:
+        value = tensor_type(node)
+        held = value.shape[0] * (value.shape[1] if len(value.shape) > 1 else 1) // (axis_size if isinstance(placement, Shard) else 1)
+        if not is_trainable(node):
+            return 0.0, 4.0 * held
+        owed = all_reduce_seconds(value) if placement == COPIED else 0.0
+        return (float(optimizer_seconds(held, pricing.hardware)) + owed) / microbatches, float(training_state_bytes(held))
+
+    own = {n: [of_parameter(n, c) if n in params else of_call(n, c) for c in domains[n]] for n in order}
     times = {n: 1 if n in params else in_flight for n in order}
     T = sum(costs[0][0] for costs in own.values())
     M = sum(costs[0][1] * times[n] for n, costs in own.items())

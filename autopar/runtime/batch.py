@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from autopar.program import Program
+from autopar.program import Program, StageModule
 from costmodel.errors import BadArgument
 from passes.ir import TensorType, size_symbol
 from passes.placement import parse_type
@@ -129,8 +129,8 @@ class Arguments:
     loss.
     """
 
-    def __init__(self, program: Program, forward: Callable[..., Any], types: BatchTypes, device: torch.device) -> None:
-        names = _keyword_names(forward)
+    def __init__(self, program: Program, stage: StageModule, types: BatchTypes, device: torch.device) -> None:
+        names = _keyword_names(stage.forward)
         self._types, self._device = types, device
         self._share_places = {
             name: int(name.removeprefix(SHARE).lstrip("_") or 0) for name in names if name.startswith(SHARE)
@@ -140,7 +140,9 @@ class Arguments:
         self._weights = program.loss_weights if self._share_places else None
         wanted = _keyword_names(self._weights) if self._weights else ()
         self._weight_inputs = tuple(name for name in wanted if name in program.batch)
-        self._weight_sizes = tuple(name for name in wanted if name not in program.batch)
+        of_stage = {"p": stage.p, "device": device}
+        self._of_stage = {name: of_stage[name] for name in wanted if name in of_stage}
+        self._weight_sizes = tuple(name for name in wanted if name not in program.batch and name not in of_stage)
 
     def of(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> list[dict[str, Any]]:
         """One dict per microbatch."""
@@ -165,7 +167,7 @@ class Arguments:
         if self._weights is not None:
             inputs = self._types.split(batch, layout, self._weight_inputs)
             weights = [
-                tuple(self._weights(**given, **{name: sizes[name] for name in self._weight_sizes}))
+                tuple(self._weights(**given, **self._of_stage, **{name: sizes[name] for name in self._weight_sizes}))
                 for given, sizes in zip(inputs, layout.sizes, strict=True)
             ]
         shares: list[list[torch.Tensor]] = [[] for _ in weights]

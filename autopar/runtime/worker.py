@@ -133,7 +133,7 @@ class Worker:
         self._outputs = list(self.stage.OUTPUTS)
         self._num_sends = len(self._sends)
         self._loss = self._num_sends + self._outputs.index(LOSS) if LOSS in self._outputs else -1
-        self._arguments = Arguments(program, self.stage.forward, self._batch_types, world.device)
+        self._arguments = Arguments(program, self.stage, self._batch_types, world.device)
         self._receives_gradient = [value.gradient and _is_float(value.type, world) for value in self._receives]
         self._sends_gradient = [value.gradient and _is_float(value.type, world) for value in self._sends]
         self._gradient_places = self._places_of_gradients()

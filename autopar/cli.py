@@ -91,7 +91,8 @@ def _target_options(parser: argparse.ArgumentParser, required: bool = True) -> N
         "target",
         metavar="TARGET",
         nargs=None if required else "?",
-        help="path/to/file.py:name or package.module:name (a function returning (model, example_inputs), or a module class or instance "
+        help="path/to/file.py:name or package.module:name (a function returning (model, example_inputs), "
+        "or a module class or instance "
         "with example_inputs), or hf:MODEL_TYPE",
     )
     hub = parser.add_argument_group("for hf: targets")
@@ -256,7 +257,8 @@ def _run_emit(arguments: argparse.Namespace, progress: _Progress) -> int:
     buffers = sorted({name for stage in plan.stages for name in stage.buffers})
     if buffers and not arguments.weights:
         print(
-            f"note: {', '.join(buffers[:3])}{', ...' if len(buffers) > 3 else ''} are buffers, whose values are not in the programs: "
+            f"note: {', '.join(buffers[:3])}{', ...' if len(buffers) > 3 else ''} are buffers, "
+            "whose values are not in the programs: "
             "run.py needs them from a checkpoint or from `autopar emit --weights`",
             file=sys.stderr,
         )

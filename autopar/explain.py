@@ -88,7 +88,8 @@ class Explanation:
 
 LEGEND = (
     "Each row is the cheapest whole assignment that has this placement; * is the plan's.\n"
-    "cost = compute + tp (collectives) + memory (what is held, priced, and the optimizer's share), ms of a microbatch on one rank;\n"
+    "cost = compute + tp (collectives) + memory (what is held, priced, and the optimizer's share), "
+    "in ms of a microbatch;\n"
     "a rank: bytes held for the whole model without the pipeline; moves too: parameters that are then placed otherwise."
 )
 

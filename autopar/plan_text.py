@@ -87,10 +87,13 @@ def title(plan: Plan) -> list[str]:
         else (predicted.tflops_per_gpu * 1e3, "GFLOP/s")
     )
     return [
-        f"{plan.model}: {count_text(plan.num_parameters)} parameters, {mesh_text(plan)}, {split}, {plan.schedule}, {plan.hardware}, {predicted.basis}",
+        f"{plan.model}: {count_text(plan.num_parameters)} parameters, {mesh_text(plan)}, {split}, {plan.schedule}, "
+        f"{plan.hardware}, {predicted.basis}",
         f"plan {plan.identity}: {seconds_text(predicted.step_seconds)} a step{f' of {batch}' if batch else ''}, "
-        f"{predicted.bubble_fraction * 100:.0f}% bubble, {seconds_text(predicted.communication_seconds)} of communication, "
-        f"{bytes_text(predicted.peak_bytes)} peak a rank, {_three(rate)} {unit} a device ({predicted.mfu * 100:.1f}% of its peak)",
+        f"{predicted.bubble_fraction * 100:.0f}% bubble, "
+        f"{seconds_text(predicted.communication_seconds)} of communication, "
+        f"{bytes_text(predicted.peak_bytes)} peak a rank, "
+        f"{_three(rate)} {unit} a device ({predicted.mfu * 100:.1f}% of its peak)",
     ]
 
 
@@ -270,7 +273,8 @@ def plan_text(plan: Plan) -> str:
         ]
         columns = ("from", "to", "value", "type", "KiB a microbatch", "gradient back")
         parts.append(
-            f"TRANSFERS  (from stage to stage)\n{_table(columns, crossings, right=(4,), widths=(None, None, 28, 44, None, None))}"
+            "TRANSFERS  (from stage to stage)\n"
+            + _table(columns, crossings, right=(4,), widths=(None, None, 28, 44, None, None))
         )
     timeline = timeline_text(plan)
     if timeline:

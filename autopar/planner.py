@@ -79,7 +79,8 @@ def make_plan(
         local, pp, pricing=pricing, axis_sizes=mesh, in_flight=lambda stage, stages: row.max_in_flight(stage, stages, count), forced=overrides.cuts
     )
     outputs = _outputs(local)
-    stages = split_stages(local, cuts.stage_of, pp, outputs, loss)
+    weight_state = {str(node.target) for node in weighted.weights.graph.nodes if is_state(node)} if weighted.weights is not None else set()
+    stages = split_stages(local, cuts.stage_of, pp, outputs, loss, weight_state)
     edges, gradient_edges = stage_edges(stages)
     instructions = order(row, pp, count, edges, gradient_edges=gradient_edges)
     names = output_names(outputs, loss)

@@ -40,8 +40,9 @@ def _parser(folder: Path, num_ranks: int) -> argparse.ArgumentParser:
         description="Train the emitted programs of this folder, one rank a process.",
         epilog=f"examples:\n  {start} --data batches.pt --random --steps 100 --save\n"
         f"  {start} --data batches.pt --checkpoint model.pt --lr 1e-4\n\n"
-        "batches.pt holds a list of dicts of tensors, torch.save([{...}, ...], 'batches.pt'), under the names of BATCH in the programs.\n"
-        "Without --random or --checkpoint the weights are weights_<rank>.pt beside the programs, as --save writes them.",
+        "batches.pt holds a list of dicts of tensors, torch.save([{...}, ...], 'batches.pt'), under the names of\n"
+        "BATCH in the programs. Without --random or --checkpoint the weights are weights_<rank>.pt beside the\n"
+        "programs, as --save writes them.",
     )
     parser.add_argument(
         "--data",
@@ -56,7 +57,8 @@ def _parser(folder: Path, num_ranks: int) -> argparse.ArgumentParser:
     weights.add_argument(
         "--random",
         action="store_true",
-        help=f"initial weights: normal with standard deviation {INITIAL_STD}, biases 0, other one-dimensional parameters 1",
+        help=f"initial weights: normal with standard deviation {INITIAL_STD}, "
+        "biases 0, other one-dimensional parameters 1",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random weights and of dropout (default 0)")
     parser.add_argument("--steps", type=int, help="default: each batch once")

@@ -1,7 +1,7 @@
 """TARGET on the command line: where a model and its example inputs come from.
 
-    path/to/file.py:name    package.module:name     a function returning (model, example_inputs), or a module class or instance
-    hf:MODEL_TYPE                                   a Hugging Face causal language model from its default config, changed by --set
+    path/to/file.py:name   package.module:name   a function returning (model, example_inputs), or an nn.Module (class)
+    hf:MODEL_TYPE                                a Hugging Face causal language model from its default config and --set
 
 A class or instance has `example_inputs` as an attribute, or its file has; either may be a function. Models are built
 on the meta device, which costs no memory and no time however large they are, unless a command has to run them.
@@ -203,7 +203,7 @@ def _built(value: Any, module: ModuleType, text: str, meta: bool) -> Target:
 
 
 def _on_meta(build: Callable[[], Any], meta: bool, doing: str, module: ModuleType) -> Any:
-    """Call on the meta device; on the real one if not `meta`, or if the code reads values of tensors while it builds."""
+    """Call on the meta device; on the real one if not `meta`, or if the code reads tensors' values while it builds."""
     path = Path(module.__file__) if module.__file__ else None
     if meta:
         with contextlib.suppress(Exception), torch.device("meta"):
@@ -219,7 +219,8 @@ def _example_inputs(model: nn.Module, module: ModuleType, text: str) -> ExampleI
     if found is None:
         raise TargetNotFound(
             f"{text} is a model without example inputs",
-            use="an attribute or function `example_inputs` of the class or its file, or a function returning (model, example_inputs)",
+            use="an attribute or function `example_inputs` of the class or its file, "
+            "or a function returning (model, example_inputs)",
         )
     if callable(found) and not isinstance(found, (dict, tuple)):
         with _of_the_user(f"calling example_inputs() of {text}", None):

@@ -134,14 +134,13 @@ def _split_text(shard: Shard, uses: Sequence[str]) -> str:
     distinct = list(dict.fromkeys(uses)) or ["split"]
     # "vocabulary" of the logits says nothing more beside "vocabulary, then all_reduce" of the embedding
     distinct = [text for text in distinct if not any(other.startswith(f"{text},") for other in distinct)]
-    blocks = ""
-    if isinstance(shard.segments, tuple):
-        blocks = f", within {len(shard.segments)} fused blocks"
-    elif shard.segments != 1:
-        blocks = f", within {shard.segments} fused blocks"
+    count = len(shard.segments) if isinstance(shard.segments, tuple) else shard.segments
     first, *rest = distinct
-    head, comma, tail = first.partition(",")
-    return " / ".join([f"{head}{blocks}{comma}{tail}".replace("heads, within", "heads within"), *rest])
+    if count != 1:
+        kind, heads, tail = first.partition(", by heads")
+        kind, comma, collective = (kind, "", tail) if heads else first.partition(",")
+        first = f"{kind}{heads or ','} within {count} fused blocks{comma}{collective}"
+    return " / ".join([first, *rest])
 
 
 @dataclass

@@ -160,6 +160,10 @@ class Want:
     joins: bool = False
 
 
+class _Infeasible(Exception):
+    """A node has no choice left."""
+
+
 @dataclass
 class _Problem:
     """Variables (each with its list of choices) and cost tables of one sharding problem, built node by node."""
@@ -259,20 +263,70 @@ class _Problem:
             seconds += collective_seconds("all_reduce", num_bytes=num_bytes, axis_size=self.axis_size, link=link)
         return seconds / self.microbatches, float(training_state_bytes(local))
 
-    def add_own_costs(self) -> None:
-        """Seconds plus the price of memory, time x memory linearised at the unsplit model (each variable's first choice)."""
+    def price_memory(self) -> tuple[float, float]:
+        """(seconds of the unsplit model, seconds a byte is worth): time x memory linearised at each variable's first choice, whole."""
         seconds = sum(costs[0][0] for costs in self._own.values())
         held = sum(costs[0][1] for costs in self._own.values())
-        price = MEMORY_WEIGHT * seconds / max(held, 1.0)
+        return seconds, MEMORY_WEIGHT * seconds / max(held, 1.0)
+
+    def add_own_costs(self, seconds: float, price: float) -> None:
+        """A table per variable: seconds plus the price of the bytes held."""
         tie = 1e-9 * seconds / max(len(self._own), 1)  # between equals the first choice
         for variable, costs in self._own.items():
             table = [seconds + price * num_bytes + index * tie for index, (seconds, num_bytes) in enumerate(costs)]
             self.factors.append(((variable,), torch.tensor(table, dtype=torch.float64)))
 
-    def _token_shards(self, kind: TensorType) -> list[Placement]:
-        """The ways to split a value's tokens: a dim of its own, or fused with the batch."""
+    def _has_tokens(self, kind: TensorType) -> bool:
+        """True if a value has a sequence dim that can be split: one of its own, or fused with the batch."""
         rows = size_symbol("B")
-        return [Shard(dim, rows if not isinstance(size, int) and rows in size.free_symbols else 1) for dim, size in enumerate(kind.shape) if size != rows]
+        ways = [Shard(dim, rows if not is_number(size) and rows in sympy.sympify(size).free_symbols else 1) for dim, size in enumerate(kind.shape)]
+        return any(self._splits_tokens(kind, way) for way in ways)
+
+    def prune(self, users: Users) -> None:
+        """Take out choices that nothing can lead to or use: arc consistency over the edges. Keeps the exact solution small."""
+        feasible: dict[Any, bool] = {}
+
+        def leads(value: Value, have: Placement, want: Want) -> bool:
+            kind, trainable = output_types(value[0])[value[1]], is_trainable(value[0])
+            key = (kind, trainable, have, want)
+            if key not in feasible:
+                feasible[key] = self._reshard_seconds(kind, trainable, have, want) < float("inf")
+            return feasible[key]
+
+        changed = True
+        while changed:
+            changed = False
+            for value, consumers in users.items():
+                offers = self.offers(value)
+                usable = [True] * len(offers)
+                for user, slots in consumers:
+                    options = self.wants(user, slots)
+                    reached = [[all(leads(value, have, w) for w in option) for have in offers] for option in options]
+                    changed |= self._keep(user, [any(row) for row in reached])
+                    usable = [u and any(row[k] for row in reached) for k, u in enumerate(usable)]
+                changed |= self._keep(value[0], usable)
+
+    def _keep(self, node: fx.Node, kept: Sequence[bool]) -> bool:
+        """Leave a node only some of its choices; True if that took any away. None left: the problem has no solution."""
+        variable = self.variables.get(node)
+        if variable is None or all(kept):
+            return False
+        if not any(kept):
+            raise _Infeasible
+        for lists in (self.choices, self._own):
+            lists[variable] = [item for item, keep in zip(lists[variable], kept, strict=True) if keep]  # type: ignore[index]
+        for key in [key for key in self._wants if key[0] is node]:
+            del self._wants[key]
+        return True
+
+    def _reshard_seconds(self, kind: TensorType, trainable: bool, source: Placement, want: Want) -> float:
+        """Seconds from what a value has to what is wanted; inf where sequence parallelism does not allow the way."""
+        tokens = self._splits_tokens(kind, source) or self._splits_tokens(kind, want.placement)
+        whole = not isinstance(want.placement, (Partial, Shard))
+        if self.sequence_parallel is True and isinstance(source, Partial) and whole and self._has_tokens(kind):
+            return float("inf")  # reduce-scatter over tokens instead
+        regroup = tokens or (want.joins and isinstance(source, Copied))
+        return self.pricing.reshard_seconds(kind, source, want.placement, self.axis_size, trainable, regroup)
 
     # ---- what passes between them -----------------------------------------------------------------------------------
 
@@ -305,14 +359,9 @@ class _Problem:
         """Cost tables of one value: each distinct placement that its users want is reached once, whoever shares it."""
         kind, trainable = output_types(value[0])[value[1]], is_trainable(value[0])
         have, producer = tuple(self.offers(value)), self.variables.get(value[0])
-        has_tokens = any(self._splits_tokens(kind, placement) for placement in self._token_shards(kind))
 
         def cost(source: Placement, want: Want) -> float:
-            tokens = self._splits_tokens(kind, source) or self._splits_tokens(kind, want.placement)
-            if self.sequence_parallel is True and has_tokens and isinstance(source, Partial) and not isinstance(want.placement, (Partial, Shard)):
-                return float("inf")  # reduce-scatter over tokens instead
-            regroup = tokens or (want.joins and isinstance(source, Copied))
-            return self.pricing.reshard_seconds(kind, source, want.placement, self.axis_size, trainable, regroup)
+            return self._reshard_seconds(kind, trainable, source, want)
 
         wants = [(self.variables.get(user), self.wants(user, slots)) for user, slots in consumers]
         if len(wants) == 1:
@@ -377,7 +426,12 @@ def shard(
     parameters = [n for n in graph.nodes if is_state(n) and n.meta.get("kind") == "parameter" and tensor_type(n) is not None]
     for node in parameters:
         problem.add_parameter(node, users, pins)
-    problem.add_own_costs()
+    priced = problem.price_memory()
+    try:
+        problem.prune(users)
+    except _Infeasible:
+        raise _no_assignment() from None
+    problem.add_own_costs(*priced)
     for value, consumers in users.items():
         problem.add_reshards(value, consumers)
     if loss is not None:
@@ -385,12 +439,16 @@ def shard(
 
     assignment, objective = minimise([len(choices) for choices in problem.choices], problem.factors)
     if objective == float("inf"):
-        raise NoLegalSharding("no assignment of placements satisfies the overrides", why="two of them contradict each other or an op rule")
+        raise _no_assignment()
     picked = {node: problem.choices[variable][assignment[variable]] for node, variable in problem.variables.items()}
     chosen = problem.fixed | {node: pick for node, pick in picked.items() if isinstance(pick, Strategy)}
     placements: dict[Value, Placement] = {(node, index): p for node, s in chosen.items() for index, p in enumerate(s.outputs)}
     placements |= {(node, 0): picked[node] for node in parameters}
     return ShardPlan(axis, axis_size, chosen, placements, objective, unruled)
+
+
+def _no_assignment() -> NoLegalSharding:
+    return NoLegalSharding("no assignment of placements satisfies the overrides", why="two of them contradict each other or an op rule")
 
 
 def _with_unit(placement: Placement, dims: list[dict[Any, Cut]] | None) -> Placement:

@@ -13,7 +13,7 @@ are those of a microbatch, and a counter counts microbatches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -44,9 +44,12 @@ class StageGraph:
 
 
 def split_stages(
-    module: fx.GraphModule, stage_of: Mapping[fx.Node, int], num_stages: int, outputs: Sequence[fx.Node | None], loss: fx.Node | None
-) -> list[StageGraph]:
-    """One graph per stage. `outputs[k]` is the node of the model's k-th output leaf (None for a constant one)."""
+    module: fx.GraphModule, stage_of: Mapping[fx.Node, int], num_stages: int, outputs: Sequence[fx.Node | None], loss: fx.Node | None,
+    weight_state: Collection[str] = (),
+) -> list[StageGraph]:  # fmt: skip
+    """One graph per stage. `outputs[k]` is the node of the model's k-th output leaf (None for a constant one); `weight_state` names the
+    state that the loss terms' weights are computed from: every stage with a term needs it.
+    """
     graph = module.graph
     last = num_stages - 1
     influences = _ancestors(loss)
@@ -63,7 +66,7 @@ def split_stages(
                 gradient = is_trainable(node) and any(_feeds(node, u, stage_of, influences, to) for u in [node])
                 crossings.append(Crossing(node.name, stage_of[node], to, node, gradient))
     updates = _update_homes(graph, stage_of, last)
-    return [_stage(module, index, stage_of, updates, crossings, outputs, loss, last) for index in range(num_stages)]
+    return [_stage(module, index, stage_of, updates, crossings, outputs, loss, last, weight_state) for index in range(num_stages)]
 
 
 def _update_homes(graph: fx.Graph, stage_of: Mapping[fx.Node, int], last: int) -> dict[fx.Node, int]:
@@ -95,7 +98,7 @@ def _feeds(node: fx.Node, _: fx.Node, stage_of: Mapping[fx.Node, int], influence
 
 def _stage(
     module: fx.GraphModule, index: int, stage_of: Mapping[fx.Node, int], updates: Mapping[fx.Node, int], crossings: Sequence[Crossing],
-    outputs: Sequence[fx.Node | None], loss: fx.Node | None, last: int,
+    outputs: Sequence[fx.Node | None], loss: fx.Node | None, last: int, weight_state: Collection[str],
 ) -> StageGraph:  # fmt: skip
     receives = tuple(sorted((c for c in crossings if index in c.to), key=lambda c: c.source))
     sends = tuple(c for c in crossings if c.source == index)
@@ -121,6 +124,8 @@ def _stage(
             stack.extend(update for update in updates if node.target in update.meta["mutates"])
         if node not in received:
             stack.extend(node.all_input_nodes)
+    if any(_is_share(node) for node in needed):
+        needed.update(node for node in module.graph.nodes if is_state(node) and node.target in weight_state)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for crossing in receives:

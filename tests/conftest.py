@@ -1,0 +1,32 @@
+"""Goldens: whole files that a test compares with; `pytest --update-goldens` rewrites them, and the diff is reviewed."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens with what the code gives now")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)` fails with a diff if `text` is not what the golden of that name holds."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDENS / name
+        if request.config.getoption("--update-goldens"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        expected = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text != expected:
+            lines = difflib.unified_diff(
+                expected.splitlines(), text.splitlines(), f"goldens/{name}", "now", lineterm=""
+            )
+            pytest.fail("\n".join(list(lines)[:60]) + "\nif this is meant: pytest --update-goldens", pytrace=False)
+
+    return compare

@@ -355,8 +355,11 @@ class _Problem:
             costs = [self.pricing.reshard_seconds(kind, p, REPLICATE, self.axis_size, True) for p in self.offers(value)]
             self.factors.append(((variable,), torch.tensor(costs, dtype=torch.float64)))
 
-    def add_reshards(self, value: Value, consumers: Sequence[tuple[fx.Node, tuple[int, ...]]]) -> None:
-        """Cost tables of one value: each distinct placement that its users want is reached once, whoever shares it."""
+    def add_reshards(self, value: Value, consumers: Sequence[tuple[fx.Node, tuple[int, ...]]], shared: bool) -> None:
+        """Cost tables of one value: each distinct placement that its users want is reached once, whoever shares it.
+
+        `shared=False` charges every user by itself: an upper bound, for graphs that are too wide otherwise.
+        """
         kind, trainable = output_types(value[0])[value[1]], is_trainable(value[0])
         have, producer = tuple(self.offers(value)), self.variables.get(value[0])
 
@@ -364,17 +367,31 @@ class _Problem:
             return self._reshard_seconds(kind, trainable, source, want)
 
         wants = [(self.variables.get(user), self.wants(user, slots)) for user, slots in consumers]
-        if len(wants) == 1:
-            user, options = wants[0]
-            self._add(
-                (producer, user), ("pair", kind, trainable, have, tuple(options)),
-                lambda: [[sum(cost(h, w) for w in option) for option in options] for h in have],
-            )  # fmt: skip
+        if len(wants) == 1 or not shared:
+            for user, options in wants:
+                self._add(
+                    (producer, user), ("pair", kind, trainable, have, tuple(options)),
+                    lambda options=options: [[sum(cost(h, w) for w in option) for option in options] for h in have],  # type: ignore[misc]
+                )  # fmt: skip
             return
         for want in dict.fromkeys(w for _, options in wants for option in options for w in option):
             from_each = [cost(h, want) for h in have]
             if any(from_each):
                 self._add_shared(want, from_each, producer, wants)
+
+    def solve(self, users: Users) -> tuple[list[int], float]:
+        """The best choice of every variable, and the objective. Exact but for graphs too wide for shared wants (see `add_reshards`)."""
+        own, count = list(self.factors), len(self.choices)
+        for shared in (True, False):
+            self.factors, self.choices = list(own), self.choices[:count]
+            for value, consumers in users.items():
+                self.add_reshards(value, consumers, shared)
+            try:
+                return minimise([len(choices) for choices in self.choices], self.factors)
+            except MemoryError:
+                if not shared:
+                    raise
+        raise AssertionError("unreachable")
 
     def _add_shared(
         self, want: Want, from_each: Sequence[float], producer: int | None, wants: Sequence[tuple[int | None, list[tuple[Want, ...]]]]
@@ -432,12 +449,9 @@ def shard(
     except _Infeasible:
         raise _no_assignment() from None
     problem.add_own_costs(*priced)
-    for value, consumers in users.items():
-        problem.add_reshards(value, consumers)
     if loss is not None:
         problem.add_whole(value_of(loss))
-
-    assignment, objective = minimise([len(choices) for choices in problem.choices], problem.factors)
+    assignment, objective = problem.solve(users)
     if objective == float("inf"):
         raise _no_assignment()
     picked = {node: problem.choices[variable][assignment[variable]] for node, variable in problem.variables.items()}

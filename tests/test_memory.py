@@ -53,3 +53,116 @@ class Allocations(TorchDispatchMode):
 
 def _counts(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.device.type == "cpu" and not isinstance(leaf, torch._subclasses.FakeTensor)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT(vocab=512, dim=128, heads=4, layers=4, context=64)
+
+
+def batch() -> dict[str, Tensor]:
+    return gpt_batch(rows=4, tokens=8, vocab=512)
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(each): each for each in tensors}.values())
+
+
+def job(tp: int, pp: int, path: str) -> dict[str, int]:
+    """The peaks of one rank, in bytes."""
+    user = model()
+    with Allocations() as building:
+        par = autopar.parallelize(user, batch(), tp=tp, pp=pp)
+        shard = bytes_of(par.parameters())
+    par.step(**batch())  # the connections
+    torch.manual_seed(0)
+    with Allocations() as gathering:
+        whole = par.full_state_dict()
+        gathered = len(whole)
+        del whole
+    with Allocations() as sharing:
+        state = par.state_dict()
+    del state
+    par.close()
+    with torch.device("meta"):
+        empty = GPT(vocab=512, dim=128, heads=4, layers=4, context=64)
+    values = torch.load(path, mmap=True)
+    with Allocations() as loading:
+        par = autopar.parallelize(empty, batch(), tp=tp, pp=pp)
+        par.load_state_dict(values)
+        loaded = bytes_of(par.parameters())
+    par.close()
+    return {
+        "shard": shard, "building": building.bytes_peak, "gathered": gathered, "gathering": gathering.bytes_peak,
+        "sharing": sharing.bytes_peak, "loaded": loaded, "loading": loading.bytes_peak,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[(2, 2), (4, 1)], ids=["tp=2 pp=2", "tp=4 pp=1"])
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(model().state_dict(), path)
+    return autopar.launch(job, 4, *request.param, str(path))
+
+
+def test_a_rank_is_built_within_its_shard_and_the_largest_parameter(reports: list[dict[str, int]]) -> None:
+    whole, largest = bytes_of(model().parameters()), max(bytes_of([p]) for p in model().parameters())
+    for report in reports:
+        assert report["shard"] < 0.6 * whole
+        assert report["shard"] <= report["building"] <= report["shard"] + largest + SLACK_BYTES
+        assert report["shard"] == report["loaded"] <= report["loading"] <= report["shard"] + largest + SLACK_BYTES
+
+
+def test_only_the_rank_that_gathers_holds_more_than_one_whole_parameter(reports: list[dict[str, int]]) -> None:
+    """A DTensor shares its rank's memory; a fused one, whose shards DTensor has no words for, is a copy of its shard."""
+    whole, largest = bytes_of(model().parameters()), max(bytes_of([p]) for p in model().parameters())
+    assert reports[0]["gathered"] == len(model().state_dict()) and reports[0]["gathering"] >= whole
+    for report in reports[1:]:
+        assert report["gathered"] == 0 and report["gathering"] <= 2 * largest + SLACK_BYTES
+        assert report["sharing"] <= 0.5 * report["shard"] + 2 * largest + SLACK_BYTES
+
+
+def test_the_count_sees_a_rank_that_copies_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import autopar.ranks
+
+    untouched = autopar.ranks.local_tensors
+
+    def copying(plan: Any, rank: int, state: Any, *rest: Any) -> Any:
+        return untouched(plan, rank, {name: tensor.clone() for name, tensor in state.items()}, *rest)
+
+    user, whole = model(), bytes_of(model().parameters())
+    for build, at_least, at_most in ((untouched, whole, 1.4 * whole), (copying, 2 * whole, 2.4 * whole)):
+        monkeypatch.setattr(autopar.ranks, "local_tensors", build)
+        with Allocations() as count:  # all four ranks are threads of this process: together a whole model
+            par = autopar.parallelize(user, batch(), tp=2, pp=2)
+            parameters = list(par.parameters())
+        assert at_least <= count.bytes_peak <= at_most
+        assert count.bytes_now >= bytes_of(parameters)
+
+
+def test_the_count_forgets_what_is_freed() -> None:
+    with Allocations() as count:
+        first = torch.ones(1000)
+        view = first[10:].view(-1)
+        del first
+        assert count.bytes_now == 4000
+        del view
+        assert count.bytes_now == 0
+        _ = torch.ones(500) + 1
+    assert count.bytes_peak == 4000
+
+
+def test_a_plan_of_a_model_without_values_allocates_nothing() -> None:
+    """Two layers of a large Llama: 1.7 GB of weights that never exist."""
+    with torch.device("meta"):
+        large = tiny_llama(
+            hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+        )
+    ids = torch.empty(4, 2048, dtype=torch.int64, device="meta")
+    assert bytes_of(large.parameters()) > 5e9
+    with Allocations() as count:
+        par = autopar.parallelize(large, {"input_ids": ids, "labels": ids}, tp=4, pp=2, hardware="h100-sxm")
+        text, source = str(par.plan), par.plan.source(7)
+    assert "128256/tp 4096" in text and "128256/tp 4096" in source
+    assert count.bytes_peak < 2**20
+    assert all(parameter.is_meta for parameter in large.parameters())

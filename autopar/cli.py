@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
+import logging
 import os
 import sys
 import time
@@ -166,8 +168,34 @@ def _parallel(arguments: argparse.Namespace, target: Target, progress: _Progress
         hardware=_hardware(arguments),
     )
     progress("tracing and planning")
-    par._trace(*_arguments(inputs))
+    with _quiet(arguments.debug):
+        par._trace(*_arguments(inputs))
     return par
+
+
+@contextlib.contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Keep what torch prints and logs about its insides, such as the graph it gave up on, off the terminal."""
+    if debug:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _load(path: str) -> Plan:
+    """A saved plan; every error names the file."""
+    try:
+        return Plan.load(path)
+    except AutoparError as error:
+        if path in str(error):
+            raise
+        raise type(error)(error.what, where=path, why=error.why, use=error.use) from error
 
 
 def _resolve(arguments: argparse.Namespace, progress: _Progress, meta: bool = True) -> Target:
@@ -183,7 +211,7 @@ def _plan(arguments: argparse.Namespace, progress: _Progress) -> Plan:
         if used := _given_options(arguments):
             raise BadArgument(f"{', '.join(used)} cannot be changed in a saved plan", use="a TARGET, to make a new one")
         progress(f"reading {arguments.plan}")
-        return Plan.load(arguments.plan)
+        return _load(arguments.plan)
     return _parallel(arguments, _resolve(arguments, progress), progress).plan
 
 
@@ -271,17 +299,18 @@ def _run_verify(arguments: argparse.Namespace, progress: _Progress) -> int:
         target.model.eval()  # dropout draws other numbers on other ranks: nothing to compare
     progress("running the untouched model and all ranks")
     options: dict[str, Any] = {} if arguments.tolerance is None else {"tolerance": arguments.tolerance}
-    report = verify(
-        target.model,
-        target.example_inputs,
-        tp=arguments.tp,
-        pp=arguments.pp,
-        dp=arguments.dp,
-        microbatches=arguments.microbatches,
-        schedule=arguments.schedule,
-        hardware=_hardware(arguments),
-        **options,
-    )
+    with _quiet(arguments.debug):
+        report = verify(
+            target.model,
+            target.example_inputs,
+            tp=arguments.tp,
+            pp=arguments.pp,
+            dp=arguments.dp,
+            microbatches=arguments.microbatches,
+            schedule=arguments.schedule,
+            hardware=_hardware(arguments),
+            **options,
+        )
     progress.end()
     if arguments.json:
         values = {
@@ -331,7 +360,7 @@ def _run_timeline(arguments: argparse.Namespace, progress: _Progress) -> int:
 
 
 def _run_diff(arguments: argparse.Namespace, progress: _Progress) -> int:
-    print(diff_text(Plan.load(arguments.before), Plan.load(arguments.after)), end="")
+    print(diff_text(_load(arguments.before), _load(arguments.after)), end="")
     return DONE
 
 

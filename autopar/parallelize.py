@@ -6,6 +6,7 @@ notebook all ranks are threads of it. Ranks are made at the first use that needs
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,12 @@ import torch
 from torch import nn
 
 from autopar.plan import Plan
-from autopar.planner import fingerprint, make_plan
+from autopar.planner import as_planned, fingerprint, make_plan
 from autopar.program import Program, load_program
 from autopar.ranks import ProcessRank, Ranks, ThreadedRanks
 from autopar.runtime.world import check_world_size, launched
 from autopar.trace import Traced, trace
-from costmodel.errors import BadArgument, BadPlan, DoesNotFit
+from costmodel.errors import AutoparError, BadArgument, BadPlan, DoesNotFit
 from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_named
 from passes.overrides import Overrides
@@ -156,6 +157,15 @@ def model_name(model: nn.Module) -> str:
     return f"{kind.__module__}:{kind.__qualname__}" if kind.__module__ != "__main__" else kind.__qualname__
 
 
+@dataclass(frozen=True)
+class _Form:
+    """One form of the model's call: its trace, its plan, and the ranks that run it (made when first asked for)."""
+
+    traced: Traced
+    plan: Plan
+    ranks: Callable[[], Ranks]
+
+
 class ParallelModel:
     """The model on all its ranks. Made by `autopar.parallelize`."""
 
@@ -164,6 +174,7 @@ class ParallelModel:
         self._traced: Traced | None = None
         self._plan: Plan | None = None
         self._ranks_made: Ranks | None = None
+        self._forms: dict[tuple[str, int, int], _Form] = {}  # further forms of the call, by what they are for
         self.training = model.training
 
     # ---- the plan ---------------------------------------------------------------------------------------------------
@@ -191,22 +202,89 @@ class ParallelModel:
 
     def _ranks(self) -> Ranks:
         if self._ranks_made is None:
-            plan = self.plan
             assert self._traced is not None
-            if launched():
-                self._ranks_made = ProcessRank(plan, self._traced, self._options.device, self._options.seed)
-            else:
-                if plan.num_ranks > MOST_THREADS:
-                    raise DoesNotFit(
-                        f"the plan needs {plan.num_ranks} ranks, too many for threads of one process",
-                        use=f"torchrun with {plan.num_ranks} ranks, or a smaller mesh to try it here",
-                    )
-                self._ranks_made = ThreadedRanks(plan, self._traced, self._options.device, self._options.seed)
+            self._ranks_made = self._make_ranks(self.plan, self._traced, None)
         return self._ranks_made
 
-    def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _make_ranks(self, plan: Plan, traced: Traced, like: Ranks | None) -> Ranks:
+        """Ranks for a plan; with the parameters of `like`, if given."""
+        if launched():
+            assert like is None or isinstance(like, ProcessRank)
+            return ProcessRank(plan, traced, self._options.device, self._options.seed, like)
+        if plan.num_ranks > MOST_THREADS:
+            raise DoesNotFit(
+                f"the plan needs {plan.num_ranks} ranks, too many for threads of one process",
+                use=f"torchrun with {plan.num_ranks} ranks, or a smaller mesh to try it here",
+            )
+        assert like is None or isinstance(like, ThreadedRanks)
+        return ThreadedRanks(plan, traced, self._options.device, self._options.seed, like)
+
+    def _form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Form, dict[str, torch.Tensor]]:
+        """What runs this call, and its tensors by name.
+
+        Programs are symbolic in the batch and, where the model allows it, in the sequence. A batch of fewer rows than microbatches
+        gets a schedule of its own; a call of another form (a size that is baked in, other arguments) is traced anew, with every
+        parameter where it is. Either is made once, and said in one line.
+        """
         traced = self._traced or self._trace(args, kwargs)
-        return traced.flatten(args, kwargs)
+        main = _Form(traced, self.plan, self._ranks)
+        try:
+            batch = traced.flatten(args, kwargs)
+            sizes = traced.size_values(batch)
+            form = main
+        except BadArgument as misfit:
+            form, batch, sizes = self._other_form(args, kwargs, misfit)
+        rows = sizes.get("B", form.plan.microbatches)
+        if 0 < rows < form.plan.microbatches:
+            key = ("rows", id(form.plan), rows)
+            if key not in self._forms:
+                warnings.warn(f"autopar: a batch of {rows} rows: {rows} microbatches instead of {form.plan.microbatches}", stacklevel=4)
+                fewer = form.plan.with_microbatches(rows)
+                self._forms[key] = _Form(form.traced, fewer, self._once(fewer, form.traced))
+            form = self._forms[key]
+        return form, batch
+
+    def _other_form(self, args: tuple[Any, ...], kwargs: dict[str, Any], misfit: BadArgument) -> tuple[_Form, dict[str, torch.Tensor], dict[str, int]]:
+        for known in self._forms.values():
+            try:
+                batch = known.traced.flatten(args, kwargs)
+                return known, batch, known.traced.size_values(batch)
+            except BadArgument:
+                continue
+        try:
+            traced = trace(self._model, args, kwargs, loss_fn=self._options.loss_fn)
+            batch = traced.flatten(args, kwargs)
+            sizes = traced.size_values(batch)
+            rows = sizes.get("B", 1)
+            plan = make_plan(
+                traced, mesh=self._options.mesh, microbatches=max(1, min(self.plan.microbatches, rows)), schedule=self._options.schedule,
+                hardware=self._options.hardware, model_name=self.plan.model, overrides=as_planned(self.plan, traced),
+                sequence_parallel=self._options.sequence_parallel,
+            )  # fmt: skip
+            self._check_held(plan)
+        except AutoparError as error:
+            raise BadArgument(misfit.what, where=misfit.where, why=misfit.why or str(error), use=misfit.use) from error
+        warnings.warn(f"autopar: programs rebuilt for another form of the call ({misfit.what})", stacklevel=5)
+        form = _Form(traced, plan, self._once(plan, traced))
+        self._forms["form", len(self._forms), 0] = form
+        return form, batch, sizes
+
+    def _check_held(self, plan: Plan) -> None:
+        for stage, main in zip(plan.stages, self.plan.stages, strict=True):
+            for name, text in stage.parameters.items():
+                if main.parameters.get(name) != text:
+                    raise BadArgument(f"this call needs {name} as {text!r} on stage {stage.index}, which holds {main.parameters.get(name)!r}")
+
+    def _once(self, plan: Plan, traced: Traced) -> Callable[[], Ranks]:
+        """Ranks for a further plan, made at first use."""
+        made: list[Ranks] = []
+
+        def ranks() -> Ranks:
+            if not made:
+                made.append(self._make_ranks(plan, traced, self._ranks()))
+            return made[0]
+
+        return ranks
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -216,34 +294,28 @@ class ParallelModel:
         Returns the loss as a 0-dim tensor, on every rank: what the single-device model gives for this batch. BadArgument if the
         model returns no loss or the batch does not fit; RankFailed if another rank died or stalled.
         """
-        batch = self._batch(args, kwargs)
-        assert self._traced is not None
-        if self._traced.loss is None:
+        form, batch = self._form(args, kwargs)
+        if form.traced.loss is None:
             raise BadArgument(
                 "the model returns no loss to train on", why="its output is no scalar, has none first and no .loss",
                 use="loss_fn=..., or a forward that returns the loss (pass the labels)",
             )  # fmt: skip
-        ranks = self._ranks()
+        ranks = form.ranks()
         ranks.train(self.training)
         return ranks.step(batch)
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward only: the model's output on every rank of the last stage, None on the others (a plain process always gets it)."""
-        batch = self._batch(args, kwargs)
-        ranks = self._ranks()
+        form, batch = self._form(args, kwargs)
+        ranks = form.ranks()
         ranks.train(self.training)
         outputs = ranks.forward(batch)
         if outputs is None:
             return None
-        assert self._traced is not None
-        values = {leaf: outputs[name] for leaf, name in zip(self._leaves(), self.plan.stages[-1].outputs, strict=False)}
-        return self._traced.unflatten(values)
-
-    def _leaves(self) -> list[Any]:
-        """The graph nodes of the model's output in the order of the last stage's OUTPUTS."""
-        assert self._traced is not None
-        return list(dict.fromkeys(leaf for leaf in self._traced.output_leaves if isinstance(leaf, torch.fx.Node)))
+        leaves = dict.fromkeys(leaf for leaf in form.traced.output_leaves if isinstance(leaf, torch.fx.Node))
+        values = {leaf: outputs[name] for leaf, name in zip(leaves, form.plan.stages[-1].outputs, strict=False)}
+        return form.traced.unflatten(values)
 
     def train(self, mode: bool = True) -> ParallelModel:
         """Dropout and the like on (or off)."""
@@ -307,6 +379,8 @@ class ParallelModel:
 
     def close(self) -> None:
         """End the rank threads or leave the job's groups; a later step starts again."""
+        for form in self._forms.values():
+            form.ranks().close()
         if self._ranks_made is not None:
             self._ranks_made.close()
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from costmodel.errors import BadArgument, BadPlan
 from passes.cut import StageCost
 from passes.instructions import Instruction, instruction
 from passes.ir import Size
-from passes.order import prove
+from passes.order import order, prove
 from passes.placement import Placement, local_shape, notation, parse_notation
 from passes.serialize import graph_from_json, graph_to_json
 from passes.timeline import Span, Timeline, simulate
@@ -139,6 +139,11 @@ class Plan:
     def edges(self) -> list[tuple[int, int]]:
         """(from stage, to stage) wherever an activation goes."""
         return sorted({(stage.index, to) for stage in self.stages for send in stage.sends.values() for to in send.to})
+
+    def with_microbatches(self, count: int) -> Plan:
+        """The same plan for another number of microbatches. BadArgument or BadSchedule if the schedule cannot."""
+        ordered = order(self.schedule, len(self.stages), count, self.edges, gradient_edges=self.gradient_edges)
+        return replace(self, microbatches=count, instructions=ordered)
 
     def source(self, rank: int) -> str:
         """The emitted program of a rank."""

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from autopar.plan import Plan, StagePlan
 
 WIDTH = 120
-_LAYERS_WIDTH = 34
+_LAYERS_WIDTH = 28
 _TIMELINE_WIDTH = 100
+_GAP = 2  # between the columns of a table
 
 
 # ---- numbers ------------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def title(plan: Plan) -> list[str]:
         f"{plan.hardware}, {predicted.basis}",
         f"plan {plan.identity}: {seconds_text(predicted.step_seconds)} a step{f' of {batch}' if batch else ''}, "
         f"{predicted.bubble_fraction * 100:.0f}% bubble, "
-        f"{seconds_text(predicted.communication_seconds)} of communication, "
+        f"{seconds_text(predicted.communication_seconds)} communication, "
         f"{bytes_text(predicted.peak_bytes)} peak a rank, "
         f"{_three(rate)} {unit} a device ({predicted.mfu * 100:.1f}% of its peak)",
     ]
@@ -231,6 +232,15 @@ def _broken(cell: str, width: int) -> str:
     return "\n".join(lines)
 
 
+def _weights_text(rows: Sequence[tuple[str, str, str]]) -> str:
+    """The table of WEIGHTS: long names and meanings share what the placements leave of the page."""
+    longest = [max((len(row[k]) for row in rows), default=0) for k in range(3)]
+    placement = min(longest[1], 32)
+    meaning = min(longest[2], max(38, WIDTH - 2 * _GAP - placement - longest[0]))
+    name = WIDTH - 2 * _GAP - placement - meaning
+    return "WEIGHTS\n" + _table(("parameter", "placement", "what it means"), rows, widths=(name, placement, meaning))
+
+
 def plan_text(plan: Plan) -> str:
     """The partition plan: what `print(plan)` shows."""
     parts = ["\n".join(_wrapped(line, indent="  ") for line in title(plan))]
@@ -250,14 +260,9 @@ def plan_text(plan: Plan) -> str:
     headers = ("stage", "ranks", "layers", "parameters", "forward ms", "backward ms", "of it tp", "peak memory")
     parts.append(
         "STAGES  (parameters and memory of one rank, times of one microbatch)\n"
-        + _table(headers, stages, right=(3, 4, 5, 6, 7), widths=(None, 13, _LAYERS_WIDTH, *(None,) * 5))
+        + _table(headers, stages, right=(3, 4, 5, 6, 7), widths=(None, 11, _LAYERS_WIDTH, *(None,) * 5))
     )
-    weights = [(row.name, row.placement, row.meaning) for row in weight_rows(plan)]
-    placement_width, meaning_width = (
-        min(most, max((len(row[k]) for row in weights), default=0)) for k, most in ((1, 32), (2, 40))
-    )
-    widths = (WIDTH - placement_width - meaning_width - 4, placement_width, meaning_width)
-    parts.append("WEIGHTS\n" + _table(("parameter", "placement", "what it means"), weights, widths=widths))
+    parts.append(_weights_text([(row.name, row.placement, row.meaning) for row in weight_rows(plan)]))
     transfers = transfer_table(plan)
     if transfers:
         crossings = [

@@ -50,6 +50,17 @@ def choose_microbatches(rows: int, num_stages: int) -> int:
     return 1 if num_stages == 1 else max(1, min(rows, 4 * num_stages))
 
 
+def as_planned(plan: Plan, traced: Traced) -> Overrides:
+    """The overrides that make a plan for another form of the same call (other sizes) hold every parameter where `plan` does."""
+    used = {str(node.target) for node in traced.graph_module.graph.nodes if is_state(node)}
+    placements = {name: text if "/" in text else "whole" for name, text in plan.parameter_notation.items() if name in used}
+    held: dict[str, tuple[int, ...]] = {}
+    for stage in plan.stages:
+        for name in stage.parameters:
+            held[name] = (*held.get(name, ()), stage.index)
+    return Overrides(placements, held)
+
+
 def make_plan(
     traced: Traced, *, mesh: Mapping[str, int], microbatches: int | None, schedule: str, hardware: Hardware, model_name: str,
     overrides: Overrides | None = None, sequence_parallel: SequenceParallel = False,

@@ -16,7 +16,7 @@ from autopar.runtime.threads import ThreadRanks
 from autopar.runtime.worker import Worker
 from autopar.runtime.world import World
 from autopar.state import (
-    check_names, check_shape, gather_whole, local_piece, local_tensors, require_values, split_axis, stage_of_parameter, text_of,
+    check_names, check_shape, gather_whole, local_piece, local_shape_of, local_tensors, require_values, split_axis, stage_of_parameter, text_of,
 )  # fmt: skip
 from autopar.trace import Traced
 from passes.placement import Shard, parse_notation, parse_type
@@ -91,14 +91,30 @@ def _assign(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(value, requires_grad=target.requires_grad) if isinstance(target, nn.Parameter) else value
 
 
+def _shared_buffers(plan: Plan, traced: Traced, rank: int, device: torch.device, shared: Tensors) -> Tensors:
+    """The buffers of a rank for another form of the call: the user's are shared, constants are the form's own."""
+    coords = plan.coords(rank)
+    found: Tensors = {}
+    for name, text in plan.stages[coords["pp"]].buffers.items():
+        if name in traced.state and name in shared:
+            found[name] = shared[name]
+        else:
+            found[name] = local_piece(_state(traced)[name], text, plan, coords).to(device)
+    return found
+
+
 class ThreadedRanks:
     """All ranks as threads of this process."""
 
-    def __init__(self, plan: Plan, traced: Traced, device: torch.device, seed: int) -> None:
+    def __init__(self, plan: Plan, traced: Traced, device: torch.device, seed: int, like: ThreadedRanks | None = None) -> None:
         self.plan, self.traced, self.device, self.seed = plan, traced, device, seed
-        pairs = [local_tensors(plan, rank, _state(traced), device, _requires_grad(traced)) for rank in range(plan.num_ranks)]
-        self.parameters_of = [parameters for parameters, _ in pairs]
-        self.buffers_of = [buffers for _, buffers in pairs]
+        if like is None:
+            pairs = [local_tensors(plan, rank, _state(traced), device, _requires_grad(traced)) for rank in range(plan.num_ranks)]
+            self.parameters_of = [parameters for parameters, _ in pairs]
+            self.buffers_of = [buffers for _, buffers in pairs]
+        else:
+            self.parameters_of = like.parameters_of
+            self.buffers_of = [_shared_buffers(plan, traced, rank, device, shared) for rank, shared in enumerate(like.buffers_of)]
         self._threads: ThreadRanks | None = None
         self._training = True
 
@@ -197,11 +213,15 @@ def _whole_output(plan: Plan, text: str, pieces: list[torch.Tensor]) -> torch.Te
 class ProcessRank:
     """This process as one rank of a job."""
 
-    def __init__(self, plan: Plan, traced: Traced, device: torch.device, seed: int) -> None:
+    def __init__(self, plan: Plan, traced: Traced, device: torch.device, seed: int, like: ProcessRank | None = None) -> None:
         self.plan, self.traced, self.seed = plan, traced, seed
         self.world = World.from_environment(plan.mesh, device=device)
         self.rank, self.coords = self.world.rank, self.world.coords
-        self.parameters, self.buffers = local_tensors(plan, self.rank, _state(traced), self.world.device, _requires_grad(traced))
+        if like is None:
+            self.parameters, self.buffers = local_tensors(plan, self.rank, _state(traced), self.world.device, _requires_grad(traced))
+        else:
+            self.parameters = like.parameters
+            self.buffers = _shared_buffers(plan, traced, self.rank, self.world.device, like.buffers)
         self._worker: Worker | None = None
         self._training = True
 
@@ -248,36 +268,46 @@ class ProcessRank:
         _scale_gradients(list(self.parameters.values()), norm, max_norm)
         return norm
 
+    def _pieces(self, name: str) -> torch.Tensor:
+        """The pieces of a tensor of this rank's stage, [axis size, ...]; all of the stage's ranks take part."""
+        tensor = {**self.parameters, **self.buffers}[name].detach()
+        found = split_axis(text_of(self.plan.stages[self.coords["pp"]], name), self.plan)
+        if found is None:
+            return tensor[None]
+        axis = self.world.axis(found[0])
+        pieces = tensor.new_empty((axis.size, *tensor.shape))
+        pieces[axis.coord] = tensor
+        for coord in range(axis.size):  # piece by piece: a gather over gloo takes more than the whole tensor's memory again
+            axis.broadcast(pieces[coord], coord)
+        return pieces
+
     def _gathered(self, name: str) -> torch.Tensor:
         """A whole tensor of this rank's stage; all of the stage's ranks take part."""
         text = text_of(self.plan.stages[self.coords["pp"]], name)
-        tensor = {**self.parameters, **self.buffers}[name].detach()
-        found = split_axis(text, self.plan)
-        if found is None:
-            return tensor
-        pieces = self.world.axis(found[0]).all_gather(tensor.contiguous())
-        return gather_whole(self.plan, name, text, list(pieces.unbind(0)))
+        return gather_whole(self.plan, name, text, self._pieces(name).unbind(0))
 
     def whole_tensors(self) -> Tensors | None:
-        """Rank 0 gets them all, one at a time; None on the others."""
-        first_stage = stage_of_parameter(self.plan)
+        """Rank 0 gets them all, one at a time, and puts them together; None on the others, which hold one parameter's pieces at most."""
         found: Tensors = {}
         collects = self.rank == 0
         sends = not collects and all(coord == 0 for axis, coord in self.coords.items() if axis != "pp")
-        for tag, (name, stage) in enumerate(first_stage.items()):
+        for tag, (name, stage) in enumerate(stage_of_parameter(self.plan).items()):
+            text = text_of(self.plan.stages[stage], name)
             if self.coords["pp"] == stage:
-                whole = self._gathered(name)
-                if collects:
-                    found[name] = whole.clone()
-                elif sends:
-                    self.world.wait(self.world.send(whole.contiguous(), 0, tag), 0)
+                pieces = self._pieces(name)
+                if sends:
+                    self.world.wait(self.world.send(pieces.contiguous(), 0, tag), 0)
             elif collects:
-                text = text_of(self.plan.stages[stage], name)
-                shape = [int(size) for size in parse_notation(text, tuple(self.plan.mesh))[0]]
+                split = split_axis(text, self.plan)
+                count = 1 if split is None else self.plan.mesh[split[0]]
                 dtype = {**self.traced.state, **self.traced.constants}[name].dtype
-                whole = torch.empty(shape, dtype=dtype, device=self.world.device)
-                self.world.wait(self.world.recv(whole, stage, tag), stage)
-                found[name] = whole
+                pieces = torch.empty((count, *local_shape_of(text, self.plan)), dtype=dtype, device=self.world.device)
+                self.world.wait(self.world.recv(pieces, stage, tag), stage)
+            else:
+                continue
+            if collects:
+                found[name] = gather_whole(self.plan, name, text, pieces.unbind(0)).clone()
+            del pieces
         return found if collects else None
 
     def state_dict(self) -> Tensors:

@@ -32,6 +32,7 @@ from passes.reshard import Reshard, collective_seconds
 from passes.shard import depends_on_parameters, value_of
 
 NEVER = 10**30  # bytes: no cut here
+Held = Mapping[str, tuple[int, ...]]  # parameter name -> the stages that hold it
 SLACK = 1.01  # cuts within one percent of the best maximum compete on bytes sent and evenness
 
 
@@ -234,12 +235,12 @@ def _candidates(line: _Line, least: int, most: int = 700) -> list[int]:
 
 def cut(
     module: fx.GraphModule, num_stages: int, *, pricing: Pricing, axis_sizes: Mapping[str, int],
-    in_flight: Callable[[int, int], int] = lambda stage, num_stages: num_stages - stage, forced: Sequence[str] | None = None,
+    in_flight: Callable[[int, int], int] = lambda stage, num_stages: num_stages - stage, forced: Sequence[str] | Held | None = None,
 ) -> CutPlan:  # fmt: skip
     """Assign every parametric node to a stage. TooManyStages if there are not enough places to cut.
 
-    `in_flight(stage, num_stages)`: microbatches whose activations a stage holds at once. `forced`: module paths; each cut falls right
-    before the first call of its path.
+    `in_flight(stage, num_stages)`: microbatches whose activations a stage holds at once. `forced`: module paths, each cut falling right
+    before the first call of its path; or for each parameter the stages that hold it, as in an earlier plan of the model.
     """
     line = _Line(module, pricing, axis_sizes)
     if not line.nodes:
@@ -256,7 +257,8 @@ def cut(
     saved = _prefix([c.saved_bytes for c in line.costs])
     points = [0, *candidates, len(line.nodes)]
     if forced:
-        points = [0, *_forced_places(line, forced, num_stages), len(line.nodes)]
+        places_given = _held_places(line, forced, num_stages) if isinstance(forced, Mapping) else _forced_places(line, forced, num_stages)
+        points = [0, *places_given, len(line.nodes)]
     last = len(points) - 1
     links = pricing.link(1 if num_stages * max(axis_sizes.values(), default=1) <= pricing.hardware.devices_per_node else 10**9)
 
@@ -338,6 +340,24 @@ def _forced_places(line: _Line, forced: Sequence[str], num_stages: int) -> list[
             raise BadArgument(f"cannot cut before {path!r}: it would part an op's results, or the readers of a buffer that forward updates")
     if sorted(set(places)) != places or places[0] == 0:
         raise BadArgument(f"the cuts {', '.join(forced)} are not in the model's order, or leave a stage empty")
+    return places
+
+
+def _held_places(line: _Line, held: Held, num_stages: int) -> list[int]:
+    """Where to cut so that every stage uses only parameters that it holds: of the places that do, the one where least crosses."""
+    places: list[int] = []
+    for stage in range(1, num_stages):
+        low, high = (places[-1] if places else 0) + 1, len(line.nodes) - (num_stages - stage)
+        for k, node in enumerate(line.nodes):
+            for source in node.all_input_nodes:
+                stages = held.get(str(source.target), ()) if is_state(source) else ()
+                if stages and max(stages) < stage:
+                    low = max(low, k + 1)
+                elif stages and min(stages) >= stage:
+                    high = min(high, k)
+        if low > high:
+            raise BadArgument(f"this call of the model uses parameters in another order: it cannot be cut before stage {stage} as planned")
+        places.append(min(range(low, high + 1), key=lambda k: (line.crossing[k], k)))
     return places
 
 

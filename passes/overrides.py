@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from costmodel.errors import BadArgument, NoLegalSharding
+from passes.cut import Held
 from passes.ir import TensorType, is_state, tensor_type
 from passes.placement import Placement, Shard, notation, parse_notation
 from passes.shard import Pins
@@ -24,7 +25,7 @@ class Overrides:
     """User decisions that the planner keeps."""
 
     placements: Mapping[str, str | int] = field(default_factory=dict)
-    cuts: Sequence[str] | None = None
+    cuts: Sequence[str] | Held | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Overrides:

@@ -206,7 +206,7 @@ class _Problem:
 
     # ---- choices and what each costs by itself ----------------------------------------------------------------------
 
-    def add_call(self, node: fx.Node, parametric: bool) -> None:
+    def add_call(self, node: fx.Node, parametric: bool, ruled: bool) -> None:
         """One variable: the strategies of a call. What does not depend on parameters stays whole."""
         call = self.calls[node]
         if not parametric:
@@ -214,7 +214,7 @@ class _Problem:
             return
         differentiable = tuple(is_trainable(arg) for arg in tensor_inputs(node))
         found = strategies(
-            RULES.get(node.target), call, axis_size=self.axis_size, differentiable=differentiable,
+            RULES[node.target] if ruled else None, call, axis_size=self.axis_size, differentiable=differentiable,
             result_differentiable=is_trainable(node), cuts=self.cuts.for_call(node), splittable=self._splittable,
         )  # fmt: skip
         found = list(dict.fromkeys(found))
@@ -429,12 +429,12 @@ def shard(
         whole = {node: Strategy((REPLICATE,) * len(c.inputs), (REPLICATE,) * len(c.outputs)) for node, c in nodes.items()}
         return ShardPlan(axis, 1, whole, {}, 0.0)
     parametric = depends_on_parameters(graph)
-    bindings = {node: RULES[node.target].binding(call) for node, call in nodes.items() if node in parametric and node.target in RULES}
-    unruled = tuple(node for node in nodes if node in parametric and node.target not in RULES)
+    bindings = {node: found for node, call in nodes.items() if node in parametric and (found := _binding(call)) is not None}
+    unruled = tuple(node for node in nodes if node in parametric and node not in bindings and not node.meta.get("mutates"))
     problem = _Problem(pricing, axis_size, microbatches, in_flight, sequence_parallel, nodes, _Cuts(bindings))
     users: Users = {}
     for node in nodes:
-        problem.add_call(node, node in parametric)
+        problem.add_call(node, node in parametric, node in bindings)
         slots: dict[Value, list[int]] = {}
         for slot, arg in enumerate(tensor_inputs(node)):
             slots.setdefault(value_of(arg), []).append(slot)
@@ -459,6 +459,14 @@ def shard(
     placements: dict[Value, Placement] = {(node, index): p for node, s in chosen.items() for index, p in enumerate(s.outputs)}
     placements |= {(node, 0): picked[node] for node in parameters}
     return ShardPlan(axis, axis_size, chosen, placements, objective, unruled)
+
+
+def _binding(call: Call) -> Binding | None:
+    """The call's rule bound to its shapes; None without a rule, or where the rule cannot read these shapes."""
+    try:
+        return RULES[call.op].binding(call) if call.op in RULES else None
+    except ValueError:
+        return None
 
 
 def _no_assignment() -> NoLegalSharding:

@@ -1,4 +1,4 @@
-"""The emitted folder: goldens of all programs, same bytes twice, and training from it where the model's source is not."""
+"""The emitted folder: goldens of all programs, the same bytes twice, training where the model's source is not."""
 
 import re
 import subprocess
@@ -192,10 +192,10 @@ def test_missing_weights_and_checkpoints_of_other_models_are_named(plan, tmp_pat
         rank_tensors(folder, 0, program, checkpoint=None, random=False, seed=0)
     state = GPT(vocab=256, dim=64, layers=1).state_dict()
     torch.save(state, tmp_path / "short.pt")
-    with pytest.raises(WeightsMissing, match="h.1"):
+    with pytest.raises(WeightsMissing, match=r"h\.1"):
         rank_tensors(folder, 0, program, checkpoint=str(tmp_path / "short.pt"), random=False, seed=0)
     torch.save(GPT(vocab=256, dim=32, layers=4).state_dict(), tmp_path / "narrow.pt")
-    with pytest.raises(autopar.errors.DifferentModel, match="wte.weight"):
+    with pytest.raises(autopar.errors.DifferentModel, match=r"wte\.weight"):
         rank_tensors(folder, 0, program, checkpoint=str(tmp_path / "narrow.pt"), random=False, seed=0)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from passes.names import readable_names
 from passes.order import order
 from passes.overrides import Overrides
 from passes.placement import Copied, Partial, Shard, local_type, notation, parse_notation, type_text
-from passes.rules import call_of
+from passes.rules import RULES, call_of
 from passes.schedules import schedule as schedule_named
 from passes.serialize import graph_to_json
 from passes.shard import SequenceParallel, ShardPlan, is_call, shard
@@ -83,6 +84,8 @@ def make_plan(
         weighted.module, axis="tp", axis_size=tp, pricing=pricing, microbatches=count, in_flight=row.max_in_flight(0, pp, count),
         loss=loss, pins=overrides.pins(mesh), sequence_parallel=sequence_parallel,
     )  # fmt: skip
+    for note in unruled_notes(sharded.without_rule):
+        warnings.warn(note, stacklevel=2)
     local = localize(weighted.module, sharded)
     rename(local)
     loss = next((node for node in local.graph.nodes if node.meta.get("loss") and node.op == "call_function"), None)
@@ -274,6 +277,24 @@ def _predict(
     return Prediction(seconds, peak, bubble, communication, rate / 1e12, rate / hardware.peak_flops.get(dtype, hardware.peak_flops["f32"]))
 
 
+def unruled_notes(nodes: Sequence[fx.Node]) -> list[str]:
+    """One note per op and source line that stays whole for want of a rule."""
+    where: dict[tuple[Any, str], list[str]] = {}
+    for node in nodes:
+        place = origin(node)
+        line = f"{place.file}:{place.line}  {place.source}" if place.file else place.path
+        where.setdefault((node.target, line), []).append(place.path)
+    notes = []
+    for (op, line), paths in where.items():
+        named = f"torch.ops.{op}"
+        modules = f" ({len(paths)} times, first in {paths[0]})" if len(paths) > 1 else f" (in {paths[0]})" if paths[0] else ""
+        if op in RULES:
+            notes.append(f"{named} stays whole: its rule does not fit these shapes: {line}{modules}")
+        else:
+            notes.append(f'{named} has no rule and stays whole: {line}{modules}; to split it: autopar.register_rule({named}, "... -> ...")')
+    return notes
+
+
 def _notes(
     cuts: CutPlan, sharded: ShardPlan, stages: Sequence[StagePlan], loss_notes: Sequence[str], exact: bool, tied_bytes: int,
     hardware: Hardware,
@@ -288,10 +309,7 @@ def _notes(
     if summed:
         notes.append(f"whole inside a split region, gradients summed over tp once a step: {', '.join(dict.fromkeys(summed))}")
     if sharded.axis_size > 1:
-        for node in sharded.without_rule:
-            notes.append(
-                f"{node.target} has no rule and stays whole: {origin(node)}; to split it: autopar.register_rule(torch.ops.{node.target}, \"... -> ...\")"
-            )
+        notes += unruled_notes(sharded.without_rule)
     notes += loss_notes
     for stage in stages:
         if stage.cost.peak_bytes > hardware.memory_bytes:

@@ -13,6 +13,7 @@ with a loss the function `loss_weights`. It runs under the runtime's Worker; it 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import linecache
@@ -175,13 +176,41 @@ class Program:
         return len({instruction.microbatch for instruction in self.schedule if isinstance(instruction, Forward)})
 
 
+def _freeing(tree: ast.Module) -> ast.Module:
+    """The program with every value of a stage's forward let go after its last use, as it is when modules call each other.
+
+    Straight-line code would otherwise hold all values to the end; what autograd needs it keeps by itself.
+    """
+    for stage in tree.body:
+        for function in stage.body if isinstance(stage, ast.ClassDef) else ():
+            if isinstance(function, ast.FunctionDef) and function.name == "forward":
+                function.body = _with_deletions(function)
+    return ast.fix_missing_locations(tree)
+
+
+def _with_deletions(function: ast.FunctionDef) -> list[ast.stmt]:
+    names = [[node.id for node in ast.walk(statement) if isinstance(node, ast.Name)] for statement in function.body]
+    arguments = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    local = arguments - {"self"} | {
+        node.id for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    last = {name: index for index, used in enumerate(names) for name in used if name in local}
+    body: list[ast.stmt] = []
+    for index, statement in enumerate(function.body):
+        body.append(statement)
+        done = [name for name, end in last.items() if end == index]
+        if done and not isinstance(statement, ast.Return):
+            body.append(ast.copy_location(ast.Delete([ast.Name(name, ast.Del()) for name in done]), statement))
+    return body
+
+
 def load_program(source_text: str, filename: str) -> Program:
     """Run the text of an emitted program. Tracebacks through it show its lines. BadPlan if it is not one."""
     linecache.cache[filename] = (len(source_text), None, source_text.splitlines(keepends=True), filename)
     module = types.ModuleType(f"autopar_program_{hashlib.blake2b(source_text.encode(), digest_size=6).hexdigest()}")
     module.__file__ = filename
     try:
-        exec(compile(source_text, filename, "exec"), module.__dict__)
+        exec(compile(_freeing(ast.parse(source_text, filename)), filename, "exec"), module.__dict__)
     except SyntaxError as error:
         raise BadPlan(f"{filename} is not Python.", where=f"line {error.lineno}", why=str(error)) from error
     names = vars(module)

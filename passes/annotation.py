@@ -146,7 +146,7 @@ class Binding:
                 return index, dim
         return None
 
-    def shard(self, pattern: tuple[Dim, ...], shape: tuple[Size, ...], group: tuple[str, ...], cut: Cut, axis_size: int) -> Shard | None | bool:
+    def shard(self, pattern: tuple[Dim, ...], shape: tuple[Size, ...], group: tuple[str, ...], cut: Cut, axis_size: int) -> Shard | bool | None:
         """The placement of one argument or result: a Shard, None where it is not concerned, False where the split is impossible."""
         found = self.concerned(pattern, shape, group)
         if found is None:

@@ -15,7 +15,9 @@ from passes.placement import Shard, local_shard, whole_tensor
 from passes.reshard import Axis
 
 
-def sharded_embedding(weight: torch.Tensor, indices: torch.Tensor, axis: Axis, *, padding_idx: int = -1) -> torch.Tensor:
+def sharded_embedding(
+    weight: torch.Tensor, indices: torch.Tensor, axis: Axis, *, padding_idx: int = -1
+) -> torch.Tensor:
     """Rows of a table whose dim 0 is split over `axis`: this rank's summand of the result, zero where another rank has the row.
 
     `padding_idx` is the row of the whole table that gets no gradient (-1: none).
@@ -57,7 +59,13 @@ def sharded_batch_norm(
 class _ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, target: torch.Tensor, axis: Axis, reduction: int, ignore_index: int, label_smoothing: float
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        axis: Axis,
+        reduction: int,
+        ignore_index: int,
+        label_smoothing: float,
     ) -> torch.Tensor:
         dim = 1 if logits.ndim > 1 else 0
         num_local, num_classes = logits.shape[dim], logits.shape[dim] * axis.size
@@ -98,7 +106,13 @@ class _ShardedCrossEntropy(torch.autograd.Function):
 
 
 def sharded_cross_entropy(
-    logits: torch.Tensor, target: torch.Tensor, axis: Axis, *, reduction: int = 1, ignore_index: int = -100, label_smoothing: float = 0.0
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    axis: Axis,
+    *,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Cross entropy of logits whose class dim is split over `axis`, without ever gathering them; the same result on every rank.
 

@@ -1,12 +1,13 @@
-"""The annotations of op rules that depend on the call: its ranks, its dims, its flags. Each function gives the text for one call.
+"""The annotations of op rules that depend on the call: its ranks, its dims, its flags. Each function gives the text
+for one call (contractions and losses: `passes.contraction_patterns`).
 
-Written out, the annotations are those of `passes.annotation`; names are `d0 d1 ...` for the dims of the first argument. A dim stays
-whole (`[d1]`) where the op looks across it, or where splitting it would need other arguments than the whole op's (group counts).
+Written out, the annotations are those of `passes.annotation`; names are `d0 d1 ...` for the dims of the first argument.
+A dim stays whole (`[d1]`) where the op looks across it, or where splitting it would need other arguments than the whole
+op's (group counts).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,6 @@ from passes.ir import Size, TensorType, output_types, size_expr, tensor_inputs, 
 
 aten = torch.ops.aten
 Op = Any  # torch._ops.OpOverload has no public name
-NONE, MEAN, SUM = 0, 1, 2  # ATen's loss reductions
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Call:
         return len(self.inputs[index].shape)
 
 
-Text = str | tuple[str, tuple[tuple[str, Size], ...]]  # an annotation, with the sizes of names that occur only inside others
+Text = (
+    str | tuple[str, tuple[tuple[str, Size], ...]]
+)  # an annotation, with the sizes of names that occur only inside others
 Pattern = Callable[[Call], Text]
 
 
@@ -60,7 +62,8 @@ def call_of(node: fx.Node) -> Call:
     return Call(node.target, tuple(plain(arg) for arg in node.args), kwargs, inputs, output_types(node))
 
 
-def _names(count: int, prefix: str = "d") -> list[str]:
+def dim_names(count: int, prefix: str = "d") -> list[str]:
+    """d0 d1 d2 ..."""
     return [f"{prefix}{k}" for k in range(count)]
 
 
@@ -98,7 +101,7 @@ def like_first(call: Call) -> str:
 
 def per_channel(call: Call) -> str:
     """Elementwise, with a parameter that has one value, or one per dim 1."""
-    names = _names(call.rank())
+    names = dim_names(call.rank())
     second = "1" if call.inputs[1].shape == (1,) else names[1] if call.rank(1) else ""
     return f"{' '.join(names)}, {second} -> {' '.join(names)}"
 
@@ -115,7 +118,7 @@ def squeeze(call: Call) -> str:
     """The dims of size 1 go. A dim that was named though it is longer must stay whole: a shard of it may be of size 1."""
     shape = call.inputs[0].shape
     asked = _dims(call.argument(1, "dim", None), len(shape))
-    names = [f"[{name}]" if k in asked else name for k, name in enumerate(_names(len(shape)))]
+    names = [f"[{name}]" if k in asked else name for k, name in enumerate(dim_names(len(shape)))]
     left = ["1" if size == 1 and k in asked else name for k, (name, size) in enumerate(zip(names, shape, strict=True))]
     return f"{' '.join(left)} -> {' '.join(name for name in left if name != '1')}"
 
@@ -123,7 +126,7 @@ def squeeze(call: Call) -> str:
 def permute(call: Call) -> str:
     """transpose, permute, t."""
     rank = call.rank()
-    names, order = _names(rank), list(range(rank))
+    names, order = dim_names(rank), list(range(rank))
     if call.op is aten.permute.default:
         order = [dim % rank for dim in call.args[1]]
     elif call.op is aten.t.default:
@@ -137,7 +140,7 @@ def permute(call: Call) -> str:
 def expand(call: Call) -> str:
     """Dims that grow stay whole."""
     source, target = call.inputs[0].shape, call.outputs[0].shape
-    names, offset = _names(len(target)), len(target) - len(source)
+    names, offset = dim_names(len(target)), len(target) - len(source)
     grows = {k for k in range(len(target)) if k < offset or source[k - offset] != target[k]}
     left = ["1" if size == 1 else names[k + offset] for k, size in enumerate(source)]
     return f"{' '.join(left)} -> {_bracketed(names, grows)}"
@@ -146,7 +149,7 @@ def expand(call: Call) -> str:
 def repeat(call: Call) -> Text:
     """A repeated dim is split inside each of its copies."""
     shape, repeats = call.inputs[0].shape, call.args[1]
-    new, names = len(repeats) - len(shape), _names(len(shape))
+    new, names = len(repeats) - len(shape), dim_names(len(shape))
     right, sizes = [f"[r{k}]" for k in range(new)], []
     for k, times in enumerate(repeats[new:]):
         right.append(names[k] if times == 1 else f"([r{k + new}] {names[k]})")
@@ -159,7 +162,7 @@ def repeat_interleave(call: Call) -> Text:
     times, dim = call.args[1], call.argument(2, "dim", None)
     if dim is None:
         return all_whole(call)
-    names = _names(call.rank())
+    names = dim_names(call.rank())
     right = [f"({name} [times])" if k == dim % call.rank() else name for k, name in enumerate(names)]
     return f"{' '.join(names)} -> {' '.join(right)}", (("times", times),)
 
@@ -173,26 +176,30 @@ def _concatenation(names: Sequence[str], dim: int, parts: Sequence[str]) -> tupl
 
 def split(call: Call) -> str:
     """The blocks of one dim, split together, each in itself."""
-    whole, parts = _concatenation(_names(call.rank()), call.argument(2, "dim", 0) % call.rank(), _names(len(call.outputs), "part"))
+    whole, parts = _concatenation(
+        dim_names(call.rank()), call.argument(2, "dim", 0) % call.rank(), dim_names(len(call.outputs), "part")
+    )
     return f"{whole} -> {', '.join(parts)}"
 
 
 def cat(call: Call) -> str:
     """The inverse of split."""
-    whole, parts = _concatenation(_names(call.rank()), call.argument(1, "dim", 0) % call.rank(), _names(len(call.inputs), "part"))
+    whole, parts = _concatenation(
+        dim_names(call.rank()), call.argument(1, "dim", 0) % call.rank(), dim_names(len(call.inputs), "part")
+    )
     return f"{', '.join(parts)} -> {whole}"
 
 
 def glu(call: Call) -> Text:
     """Both halves of one dim, split together."""
     dim = call.argument(1, "dim", -1) % call.rank()
-    whole, parts = _concatenation(_names(call.rank()), dim, ("half", "gate"))
+    whole, parts = _concatenation(dim_names(call.rank()), dim, ("half", "gate"))
     return f"{whole} -> {parts[0]}", (("gate", call.outputs[0].shape[dim]),)
 
 
 def stack(call: Call) -> str:
     """A new dim, which stays whole."""
-    names = _names(call.rank())
+    names = dim_names(call.rank())
     dim = call.argument(1, "dim", 0) % (call.rank() + 1)
     return f"{', '.join([' '.join(names)] * len(call.inputs))} -> {' '.join([*names[:dim], '[new]', *names[dim:]])}"
 
@@ -207,9 +214,16 @@ def whole_dims(*positions: int, name: str = "dim", at: int = 1, default: Any = -
     """
 
     def pattern(call: Call) -> str:
-        whole = {p % call.rank() for p in positions if -p <= call.rank()} if positions else _dims(call.argument(at, name, default), call.rank())
-        names = _names(call.rank())
-        results = [[f"y{j}_{k}" if resized and k in whole else n for k, n in enumerate(names)] for j in range(len(call.outputs))]
+        whole = (
+            {p % call.rank() for p in positions if -p <= call.rank()}
+            if positions
+            else _dims(call.argument(at, name, default), call.rank())
+        )
+        names = dim_names(call.rank())
+        results = [
+            [f"y{j}_{k}" if resized and k in whole else n for k, n in enumerate(names)]
+            for j in range(len(call.outputs))
+        ]
         return f"{_bracketed(names, whole)} -> {', '.join(_bracketed(result, whole) for result in results)}"
 
     return pattern
@@ -219,25 +233,25 @@ def pad(call: Call) -> str:
     """Padded dims stay whole; `pad` counts from the last dim, two numbers each."""
     before_after = call.args[1]
     padded = {call.rank() - 1 - k // 2 for k, amount in enumerate(before_after) if amount != 0}
-    names = _names(call.rank())
+    names = dim_names(call.rank())
     return f"{_bracketed(names, padded)} -> {_bracketed([f'y{k}' if k in padded else n for k, n in enumerate(names)], padded)}"
 
 
 def select(call: Call) -> str:
     """One index of one dim."""
-    names, dim = _names(call.rank()), call.argument(1, "dim", 0) % call.rank()
+    names, dim = dim_names(call.rank()), call.argument(1, "dim", 0) % call.rank()
     return f"{_bracketed(names, {dim})} -> {' '.join(names[:dim] + names[dim + 1 :])}"
 
 
 def select_scatter(call: Call) -> str:
     """One index of one dim, written."""
-    names, dim = _names(call.rank()), call.argument(2, "dim", 0) % call.rank()
+    names, dim = dim_names(call.rank()), call.argument(2, "dim", 0) % call.rank()
     return f"{_bracketed(names, {dim})}, {' '.join(names[:dim] + names[dim + 1 :])} -> {_bracketed(names, {dim})}"
 
 
 def slice_scatter(call: Call) -> str:
     """A part of one dim, written."""
-    names, dim = _names(call.rank()), call.argument(2, "dim", 0) % call.rank()
+    names, dim = dim_names(call.rank()), call.argument(2, "dim", 0) % call.rank()
     part = [*names[:dim], "part", *names[dim + 1 :]]
     return f"{_bracketed(names, {dim})}, {_bracketed(part, {dim})} -> {_bracketed(names, {dim})}"
 
@@ -245,16 +259,18 @@ def slice_scatter(call: Call) -> str:
 def by_index(call: Call) -> str:
     """gather, scatter and the like: the indexed dim is whole everywhere, the others where the sizes differ."""
     dim = call.argument(1, "dim", 0) % call.rank() if call.rank() else 0
-    names = _names(call.rank())
+    names = dim_names(call.rank())
     alike = [k for k in range(call.rank()) if k != dim and len({value.shape[k] for value in call.inputs}) == 1]
     values = (*call.inputs, *call.outputs)
-    texts = [" ".join(name if k in alike else f"[x{j}_{k}]" for k, name in enumerate(names)) for j in range(len(values))]
+    texts = [
+        " ".join(name if k in alike else f"[x{j}_{k}]" for k, name in enumerate(names)) for j in range(len(values))
+    ]
     return f"{', '.join(texts[: len(call.inputs)])} -> {', '.join(texts[len(call.inputs) :])}"
 
 
 def index_select(call: Call) -> str:
     """Entries of one dim, by a list of indices."""
-    names, dim = _names(call.rank()), call.args[1] % call.rank()
+    names, dim = dim_names(call.rank()), call.args[1] % call.rank()
     chosen = " ".join([*names[:dim], "i", *names[dim + 1 :]])
     return f"{_bracketed(names, {dim})}, {'i' if call.rank(1) else ''} -> {chosen}"
 
@@ -264,22 +280,31 @@ def index(call: Call) -> str:
     given = call.args[1]
     if any(isinstance(item, TensorType) and item.dtype in (torch.bool, torch.uint8) for item in given):
         return all_whole(call)  # how many entries a mask chooses depends on the data
-    names, count = _names(call.rank()), max(len(value.shape) for value in call.inputs[1:])
+    names, count = dim_names(call.rank()), max(len(value.shape) for value in call.inputs[1:])
     places = [k for k, item in enumerate(given) if item is not None]
     indexed = [f"i{k}" for k in range(count)]
     adjacent = places == list(range(places[0], places[-1] + 1))
     free = [(k, name) for k, name in enumerate(names) if k not in places]
     before = [name for k, name in free if adjacent and k < places[0]]
     after = [name for k, name in free if not adjacent or k > places[0]]
-    indices = [" ".join("1" if s == 1 else n for n, s in zip(indexed[count - len(v.shape) :], v.shape, strict=True)) for v in call.inputs[1:]]
-    sizes = [max((v.shape[len(v.shape) - count + k] for v in call.inputs[1:] if len(v.shape) >= count - k), key=lambda s: s != 1) for k in range(count)]
+    indices = [
+        " ".join("1" if s == 1 else n for n, s in zip(indexed[count - len(v.shape) :], v.shape, strict=True))
+        for v in call.inputs[1:]
+    ]
+    sizes = [
+        max(
+            (v.shape[len(v.shape) - count + k] for v in call.inputs[1:] if len(v.shape) >= count - k),
+            key=lambda s: s != 1,
+        )
+        for k in range(count)
+    ]
     right = [*before, *("1" if size == 1 else name for name, size in zip(indexed, sizes, strict=True)), *after]
     return f"{', '.join([_bracketed(names, places), *indices])} -> {' '.join(right)}"
 
 
 def embedding(call: Call) -> str:
     """Rows of a table. Scaling by frequency looks at all indices."""
-    indices = " ".join(_names(call.rank(1), "i"))
+    indices = " ".join(dim_names(call.rank(1), "i"))
     if call.argument(3, "scale_grad_by_freq", False) or call.argument(4, "sparse", False):
         indices = " ".join(f"[{name}]" for name in indices.split())
         return f"[v] c, {indices} -> {indices} c"
@@ -294,7 +319,7 @@ def one_hot(call: Call) -> str:
 # ---- reductions -----------------------------------------------------------------------------------------------------------
 
 
-def reduce(at: int = 1, name: str = "dim") -> Pattern:
+def reduce(at: int = 1, name: str = "dim") -> Callable[[Call], str]:
     """The dims in the argument at position `at` are looked across and vanish (size 1 where they are kept); None or () means all."""
 
     def pattern(call: Call) -> str:
@@ -302,7 +327,7 @@ def reduce(at: int = 1, name: str = "dim") -> Pattern:
         given = call.argument(at, name, None) if at >= 0 else None
         reduced = _dims(given, rank)
         keep = len(call.outputs[0].shape) == rank and bool(reduced)
-        names = _names(rank)
+        names = dim_names(rank)
         right = [("1" if keep else "") if k in reduced else n for k, n in enumerate(names)]
         return f"{_bracketed(names, reduced)} -> " + ", ".join([" ".join(n for n in right if n)] * len(call.outputs))
 
@@ -330,7 +355,9 @@ def batch_norm(call: Call) -> str:
     """Channels may be split. Running statistics are buffers that every rank holds whole: they have names of their own, see `local`."""
     space = " ".join(f"[d{k}]" for k in range(2, call.rank()))
     training = call.argument(5, "training", False)
-    states = [call.argument(k, name) for k, name in ((1, "weight"), (2, "bias"), (3, "running_mean"), (4, "running_var"))]
+    states = [
+        call.argument(k, name) for k, name in ((1, "weight"), (2, "bias"), (3, "running_mean"), (4, "running_var"))
+    ]
     given = [text for text, state in zip(("c", "c", "[mean]", "[var]"), states, strict=True) if state is not None]
     rows = "[n]" if training else "n"
     return ", ".join([f"{rows} c {space}", *given]) + f" -> {rows} c {space}"
@@ -345,112 +372,3 @@ def spatial(dims: int) -> Pattern:
         return f"{left} -> {', '.join([right] * len(call.outputs))}"
 
     return pattern
-
-
-# ---- contractions -----------------------------------------------------------------------------------------------------------
-
-
-def _ones(names: str, shape: Sequence[Size]) -> str:
-    """The last names, as many as the shape has dims, with `1` wherever it has size 1 (broadcast)."""
-    tokens = re.findall(r"\([^()]*\)|\S+", names)
-    return " ".join("1" if size == 1 else token for token, size in zip(tokens[len(tokens) - len(shape) :], shape, strict=True))
-
-
-def linear(call: Call) -> str:
-    """x @ W.T, and a bias that must be added once."""
-    return "... k, n k -> ... n" if len(call.inputs) == 2 else "... [k], n [k], n -> ... n"
-
-
-def matmul(call: Call) -> str:
-    """Any ranks."""
-    left, right = call.rank(0), call.rank(1)
-    batch = "..." if max(left, right) > 2 else ""
-    first, second = "... m k" if left > 1 else "k", "... k n" if right > 1 else "k"
-    return f"{first}, {second} -> {batch} {'m' if left > 1 else ''} {'n' if right > 1 else ''}"
-
-
-def addmm(call: Call) -> str:
-    """bias + a @ b, the bias broadcast and added once."""
-    return f"{_ones('m n', call.inputs[0].shape)}, m [k], [k] n -> m n"
-
-
-def baddbmm(call: Call) -> str:
-    """bias + a @ b in batches."""
-    return f"{_ones('b m n', call.inputs[0].shape)}, b m [k], b [k] n -> b m n"
-
-
-def einsum(call: Call) -> str:
-    """The equation itself; a letter that an operand repeats (a diagonal) keeps everything whole."""
-    left, arrow, right = call.args[0].replace(" ", "").partition("->")
-    if not arrow:
-        letters = left.replace("...", "").replace(",", "")
-        right = ("..." if "..." in left else "") + "".join(letter for letter in sorted(set(letters)) if letters.count(letter) == 1)
-    operands = left.split(",")
-    letters = [operand.replace("...", "") for operand in operands]
-    if any(len(set(text)) != len(text) for text in letters) or ("..." in left and "..." not in right):
-        return all_whole(call)
-
-    def spaced(text: str) -> str:
-        return " ".join(re.findall(r"\.\.\.|\w", text))
-
-    return f"{', '.join(map(spaced, operands))} -> {spaced(right)}"
-
-
-def attention(call: Call) -> str:
-    """Batch and heads; with fewer key heads than query heads, groups of query heads stay with theirs."""
-    query, key = call.inputs[0].shape, call.inputs[1].shape
-    if len(query) != 4:
-        return ", ".join(["... [t] [d]", "... [s] [d]", "... [s] [e]", "... [t] [s]"][: len(call.inputs)]) + " -> ... [t] [e]"
-    heads = "(h g)" if query[1] != key[1] else "h"
-    patterns = [f"b {heads} [t] [d]", "b h [s] [d]", "b h [s] [e]"]
-    if len(call.inputs) > 3:
-        patterns.append(_ones(f"b {heads} [t] [s]", call.inputs[3].shape))
-    return ", ".join(patterns) + f" -> b {heads} [t] [e]"
-
-
-def convolution(call: Call) -> str:
-    """Output channels, or input channels to a partial sum (no bias then); grouped, both inside each group."""
-    space, kernel = (" ".join(f"[{side}{k}]" for k in range(call.rank(1) - 2)) for side in ("x", "k"))
-    out = " ".join(f"[y{k}]" for k in range(call.rank(1) - 2))
-    rows = "n" if call.rank() == call.rank(1) else ""
-    groups, inner = call.argument(6, "groups", 1), "i" if len(call.inputs) == 2 else "[i]"
-    before, after = ("([g] i)", "([g] o)") if groups != 1 else (inner, "o")
-    bias = f", {after}" if len(call.inputs) > 2 else ""
-    return f"{rows} {before} {space}, {after} {inner} {kernel}{bias} -> {rows} {after} {out}"
-
-
-# ---- losses -----------------------------------------------------------------------------------------------------------------
-
-
-def loss(at: int = 2) -> Pattern:
-    """An elementwise loss: free without reduction, partial sums for a sum; a mean stays whole."""
-
-    def pattern(call: Call) -> str:
-        reduction = call.argument(at, "reduction", MEAN)
-        if reduction == NONE:
-            return elementwise(call)
-        if reduction == MEAN or any(value.shape != call.inputs[0].shape for value in call.inputs):
-            return all_whole(call)
-        return ", ".join([" ".join(_names(call.rank()))] * len(call.inputs)) + " -> "
-
-    return pattern
-
-
-def _class_loss(call: Call, classes: str, reduction: int) -> str:
-    """Logits or log probabilities [n, c, ...] and targets [n, ...]; a mean counts the targets of all rows."""
-    if len(call.inputs) > 2 or call.inputs[1].dtype.is_floating_point:  # weights or probabilities of classes
-        return all_whole(call)
-    free = reduction != MEAN
-    rows = [f"n{k}" if free else f"[n{k}]" for k in range(max(call.rank() - 1, 0))]
-    logits = " ".join([*rows[:1], classes, *rows[1:]])
-    return f"{logits}, {' '.join(rows)} -> {' '.join(rows) if reduction == NONE else ''}"
-
-
-def cross_entropy(call: Call) -> str:
-    """The classes may be split (`local`)."""
-    return _class_loss(call, "c", call.argument(3, "reduction", MEAN))
-
-
-def nll_loss(call: Call) -> str:
-    """The classes stay whole."""
-    return _class_loss(call, "[c]", call.argument(3, "reduction", MEAN))

@@ -22,11 +22,11 @@ import torch
 from torch import fx
 
 from costmodel.errors import BadArgument
-from passes import patterns
+from passes import contraction_patterns, patterns
 from passes.annotation import Binding, Cut, bind
 from passes.ir import Size
 from passes.local_ops import sharded_batch_norm, sharded_cross_entropy, sharded_embedding
-from passes.patterns import NONE, Call, Op, Pattern, call_of, elementwise, loss, reduce, spatial, whole_dims
+from passes.patterns import Call, Op, Pattern, call_of, elementwise, reduce, spatial, whole_dims
 from passes.placement import COPIED, PARTIAL, REPLICATE, Placement, Shard
 
 __all__ = ["RULES", "Call", "Local", "Op", "OpRule", "Strategy", "call_of", "register", "strategies"]
@@ -64,7 +64,9 @@ class OpRule:
         """The annotation bound to a call's shapes. ValueError if it does not fit."""
         text = self.annotation if isinstance(self.annotation, str) else self.annotation(call)
         text, sizes = (text, ()) if isinstance(text, str) else text
-        return bind(text, tuple(value.shape for value in call.inputs), tuple(value.shape for value in call.outputs), sizes)
+        return bind(
+            text, tuple(value.shape for value in call.inputs), tuple(value.shape for value in call.outputs), sizes
+        )
 
 
 @dataclass(frozen=True)
@@ -109,37 +111,56 @@ def _rewrite_cross_entropy(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any
 # ---- the table --------------------------------------------------------------------------------------------------------
 
 _UNARY = (
-    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bitwise_not", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "cos",
-    "cosh", "digamma", "dropout", "elu", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor", "frac", "gelu", "hardshrink",
-    "hardsigmoid", "hardswish", "hardtanh", "isfinite", "isinf", "isnan", "leaky_relu", "lgamma", "log", "log10", "log1p", "log2",
-    "log_sigmoid", "logical_not", "logit", "mish", "nan_to_num", "reciprocal", "relu", "relu6", "round", "rsqrt", "selu", "sigmoid",
-    "sign", "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "sqrt", "square", "tan", "tanh", "threshold", "trunc",
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bitwise_not", "ceil", "celu", "clamp", "clamp_max",
+        "clamp_min", "cos",
+    "cosh", "digamma", "dropout", "elu", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor", "frac", "gelu",
+        "hardshrink",
+    "hardsigmoid", "hardswish", "hardtanh", "isfinite", "isinf", "isnan", "leaky_relu", "lgamma", "log", "log10",
+        "log1p", "log2",
+    "log_sigmoid", "logical_not", "logit", "mish", "nan_to_num", "reciprocal", "relu", "relu6", "round", "rsqrt",
+        "selu", "sigmoid",
+    "sign", "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "sqrt", "square", "tan", "tanh", "threshold",
+        "trunc",
     "pow.Tensor_Scalar", "pow.Scalar", "eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar",
-    "remainder.Scalar", "fmod.Scalar", "rsub.Scalar", "add.Scalar", "sub.Scalar", "floor_divide.Scalar", "div.Scalar_mode",
+    "remainder.Scalar", "fmod.Scalar", "rsub.Scalar", "add.Scalar", "sub.Scalar", "floor_divide.Scalar",
+        "div.Scalar_mode",
     "bitwise_and.Scalar", "bitwise_or.Scalar", "bitwise_xor.Scalar", "bitwise_left_shift.Tensor_Scalar",
     "bitwise_right_shift.Tensor_Scalar", "ones_like", "full_like", "empty_like",
 )  # fmt: skip
 _BINARY = (
-    "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "maximum", "minimum", "max.other", "min.other",
-    "fmax", "fmin", "pow.Tensor_Tensor", "atan2", "hypot", "logaddexp", "fmod.Tensor", "remainder.Tensor", "floor_divide",
-    "div.Tensor_mode", "rsub.Tensor", "bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor", "logical_and", "logical_or",
-    "logical_xor", "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor",
+    "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "maximum", "minimum", "max.other",
+        "min.other",
+    "fmax", "fmin", "pow.Tensor_Tensor", "atan2", "hypot", "logaddexp", "fmod.Tensor", "remainder.Tensor",
+        "floor_divide",
+    "div.Tensor_mode", "rsub.Tensor", "bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor", "logical_and",
+        "logical_or",
+    "logical_xor", "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar", "masked_fill.Scalar",
+        "masked_fill.Tensor",
     "addcmul", "addcdiv", "lerp.Tensor", "lerp.Scalar", "clamp.Tensor", "clamp_min.Tensor", "clamp_max.Tensor",
 )  # fmt: skip
-_LINEAR_UNARY = ("neg", "clone", "detach", "alias", "contiguous", "to.dtype", "to.dtype_layout", "to.device", "_to_copy", "mul.Scalar",
+_LINEAR_UNARY = ("neg", "clone", "detach", "alias", "contiguous", "to.dtype", "to.dtype_layout", "to.device",
+    "_to_copy", "mul.Scalar",
                  "div.Scalar", "zeros_like", "positive", "broadcast_tensors")  # fmt: skip
 _SOFTMAX = ("softmax.int", "_softmax", "log_softmax.int", "_log_softmax", "cumprod", "logcumsumexp")
-_REDUCTIONS = ("amax", "amin", "argmax", "argmin", "max.dim", "min.dim", "any.dim", "any.dims", "all.dim", "all.dims", "prod.dim_int",
-               "logsumexp", "std.dim", "std.correction", "var.dim", "var.correction", "var_mean.dim", "var_mean.correction")  # fmt: skip
+_REDUCTIONS = ("amax", "amin", "argmax", "argmin", "max.dim", "min.dim", "any.dim", "any.dims", "all.dim", "all.dims",
+    "prod.dim_int",
+               "logsumexp", "std.dim", "std.correction", "var.dim", "var.correction", "var_mean.dim",
+               "var_mean.correction")  # fmt: skip
 _FULL_REDUCTIONS = ("max", "min", "any", "all", "prod", "std", "var", "var_mean", "linalg_vector_norm", "norm.Scalar")
-_LOSSES = (("mse_loss", 2), ("l1_loss", 2), ("smooth_l1_loss", 2), ("huber_loss", 2), ("kl_div", 2), ("soft_margin_loss", 2),
+_LOSSES = (("mse_loss", 2), ("l1_loss", 2), ("smooth_l1_loss", 2), ("huber_loss", 2), ("kl_div", 2),
+    ("soft_margin_loss", 2),
            ("binary_cross_entropy", 3), ("binary_cross_entropy_with_logits", 4), ("poisson_nll_loss", 5))  # fmt: skip
-_POOLS = (("max_pool1d", 1), ("max_pool2d", 2), ("max_pool3d", 3), ("adaptive_max_pool1d", 1), ("adaptive_max_pool2d", 2),
-          ("max_pool1d_with_indices", 1), ("max_pool2d_with_indices", 2), ("pixel_shuffle", 3), ("pixel_unshuffle", 3))  # fmt: skip
-_LINEAR_POOLS = (("avg_pool1d", 1), ("avg_pool2d", 2), ("avg_pool3d", 3), ("adaptive_avg_pool1d", 1), ("adaptive_avg_pool2d", 2),
+_POOLS = (("max_pool1d", 1), ("max_pool2d", 2), ("max_pool3d", 3), ("adaptive_max_pool1d", 1),
+    ("adaptive_max_pool2d", 2),
+          ("max_pool1d_with_indices", 1), ("max_pool2d_with_indices", 2), ("pixel_shuffle", 3),
+          ("pixel_unshuffle", 3))  # fmt: skip
+_LINEAR_POOLS = (("avg_pool1d", 1), ("avg_pool2d", 2), ("avg_pool3d", 3), ("adaptive_avg_pool1d", 1),
+    ("adaptive_avg_pool2d", 2),
                  ("upsample_nearest1d.vec", 1), ("upsample_nearest2d.vec", 2), ("upsample_linear1d.vec", 1),
                  ("upsample_bilinear2d.vec", 2), ("upsample_bicubic2d.vec", 2), ("tril", 2), ("triu", 2))  # fmt: skip
-_WHOLE = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", "diagonal_scatter", "diag_embed", "histc")  # fmt: skip
+_WHOLE = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", "diagonal_scatter", "diag_embed", "histc",
+    "index_put",
+          "index_add")  # fmt: skip
 
 
 def _op(name: str) -> Op:
@@ -211,20 +232,20 @@ VIEWS: tuple[OpRule, ...] = (
 )
 
 CONTRACTIONS: tuple[OpRule, ...] = (
-    OpRule(aten.linear.default, patterns.linear, linear=_linear_without_bias),
+    OpRule(aten.linear.default, contraction_patterns.linear, linear=_linear_without_bias),
     OpRule(aten.mm.default, "m k, k n -> m n", linear="each"),
     OpRule(aten.mv.default, "m k, k -> m", linear="each"),
     OpRule(aten.dot.default, "k, k -> ", linear="each"),
     OpRule(aten.outer.default, "m, n -> m n", linear="each"),
     OpRule(aten.bmm.default, "b m k, b k n -> b m n", linear="each"),
-    OpRule(aten.matmul.default, patterns.matmul, linear="each"),
-    OpRule(aten.addmm.default, patterns.addmm),
-    OpRule(aten.baddbmm.default, patterns.baddbmm),
-    OpRule(aten.einsum.default, patterns.einsum, linear="each"),
-    OpRule(aten.scaled_dot_product_attention.default, patterns.attention),
-    OpRule(aten.conv1d.default, patterns.convolution, linear=_linear_without_bias),
-    OpRule(aten.conv2d.default, patterns.convolution, linear=_linear_without_bias),
-    OpRule(aten.conv3d.default, patterns.convolution, linear=_linear_without_bias),
+    OpRule(aten.matmul.default, contraction_patterns.matmul, linear="each"),
+    OpRule(aten.addmm.default, contraction_patterns.addmm),
+    OpRule(aten.baddbmm.default, contraction_patterns.baddbmm),
+    OpRule(aten.einsum.default, contraction_patterns.einsum, linear="each"),
+    OpRule(aten.scaled_dot_product_attention.default, contraction_patterns.attention),
+    OpRule(aten.conv1d.default, contraction_patterns.convolution, linear=_linear_without_bias),
+    OpRule(aten.conv2d.default, contraction_patterns.convolution, linear=_linear_without_bias),
+    OpRule(aten.conv3d.default, contraction_patterns.convolution, linear=_linear_without_bias),
 )
 
 REDUCTIONS: tuple[OpRule, ...] = (
@@ -241,16 +262,22 @@ REDUCTIONS: tuple[OpRule, ...] = (
     OpRule(aten.layer_norm.default, patterns.layer_norm),
     OpRule(aten.rms_norm.default, patterns.layer_norm),
     OpRule(aten.group_norm.default, patterns.group_norm),
-    OpRule(aten.batch_norm.default, patterns.batch_norm, local={"c": Local(_rewrite_batch_norm, PARTIAL, all_reduces=1)}),
+    OpRule(
+        aten.batch_norm.default, patterns.batch_norm, local={"c": Local(_rewrite_batch_norm, PARTIAL, all_reduces=1)}
+    ),
     *(OpRule(_op(name), spatial(dims)) for name, dims in _POOLS if _exists(name)),
     *(OpRule(_op(name), spatial(dims), linear="sum") for name, dims in _LINEAR_POOLS if _exists(name)),
 )
 
 LOOKUPS: tuple[OpRule, ...] = (
     OpRule(aten.embedding.default, patterns.embedding, local={"v": Local(_rewrite_embedding, PARTIAL)}),
-    OpRule(aten.cross_entropy_loss.default, patterns.cross_entropy, local={"c": Local(_rewrite_cross_entropy, REPLICATE, all_reduces=2)}),
-    OpRule(aten.nll_loss_nd.default, patterns.nll_loss),
-    *(OpRule(_op(name), loss(at)) for name, at in _LOSSES),
+    OpRule(
+        aten.cross_entropy_loss.default,
+        contraction_patterns.cross_entropy,
+        local={"c": Local(_rewrite_cross_entropy, REPLICATE, all_reduces=2)},
+    ),
+    OpRule(aten.nll_loss_nd.default, contraction_patterns.nll_loss),
+    *(OpRule(_op(name), contraction_patterns.loss(at)) for name, at in _LOSSES),
     OpRule(aten.index.Tensor, patterns.index),
     OpRule(aten.index_select.default, patterns.index_select),
     OpRule(aten.gather.default, patterns.by_index),
@@ -285,7 +312,11 @@ def _linear_strategies(kind: str, call: Call, differentiable: Sequence[bool]) ->
     if kind == "sum":
         return [Strategy((PARTIAL,) * inputs, after)] if inputs and all(sums) else []
     positions = {"first": range(1), "each": range(inputs), "": range(0)}[kind]
-    return [Strategy(tuple(PARTIAL if k == at else _whole(differentiable[k]) for k in range(inputs)), after) for at in positions if sums[at]]
+    return [
+        Strategy(tuple(PARTIAL if k == at else _whole(differentiable[k]) for k in range(inputs)), after)
+        for at in positions
+        if sums[at]
+    ]
 
 
 def _whole(differentiable: bool) -> Placement:
@@ -325,7 +356,12 @@ def strategies(
 
 
 def _split_strategy(
-    binding: Binding, group: tuple[str, ...], cut: Cut, axis_size: int, differentiable: Sequence[bool], local: Local | None
+    binding: Binding,
+    group: tuple[str, ...],
+    cut: Cut,
+    axis_size: int,
+    differentiable: Sequence[bool],
+    local: Local | None,
 ) -> Strategy | None:
     inputs: list[Placement] = []
     for pattern, shape, needs_gradient in zip(binding.inputs, binding.input_shapes, differentiable, strict=True):
@@ -340,4 +376,3 @@ def _split_strategy(
             return None
         outputs.append(shard if isinstance(shard, Shard) else (local.output if local else PARTIAL))
     return Strategy(tuple(inputs), tuple(outputs), group, local)
-

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rank_threads import rank_threads
 from torch import Tensor, fx
 
 from passes.annotation import Binding, Cut
@@ -20,7 +21,6 @@ from passes.patterns import call_of
 from passes.placement import COPIED, PARTIAL, REPLICATE, Placement, Shard, local_shard, whole_tensor
 from passes.rules import RULES, OpRule, Strategy, strategies
 from passes.shard import ShardPlan
-from rank_threads import rank_threads
 
 TOLERANCE = 1e-10
 
@@ -39,7 +39,9 @@ class Spec:
         if self.kind == "flags":
             return torch.rand(self.shape, generator=generator) < 0.5
         if self.kind in ("unit", "above"):
-            return torch.rand(self.shape, generator=generator, dtype=torch.float64) * 0.8 + (0.1 if self.kind == "unit" else 1.1)
+            return torch.rand(self.shape, generator=generator, dtype=torch.float64) * 0.8 + (
+                0.1 if self.kind == "unit" else 1.1
+            )
         values = torch.randn(self.shape, generator=generator, dtype=torch.float64)
         return values.abs() if self.kind == "buffer" else values
 
@@ -120,14 +122,17 @@ class Case:
         self.call = call_of(self.node)
         self.module = fx.GraphModule(torch.nn.Module(), graph)
         self.gradients = [
-            torch.randn(result.shape, generator=self.generator, dtype=torch.float64) if result.requires_grad else None for result in self.results
+            torch.randn(result.shape, generator=self.generator, dtype=torch.float64) if result.requires_grad else None
+            for result in self.results
         ]
         self.input_gradients = self._gradients(self.after, self.results, self.gradients)
 
     def _run(self, values: dict[fx.Node, Any], graph: fx.Graph, axis: Any) -> tuple[list[Tensor], list[Tensor], Any]:
         """Arguments after the call (updated in place, perhaps), results, and the results as they came."""
         arguments = []
-        for node, differentiable in zip([n for n in graph.nodes if n.op == "placeholder"], self.differentiable, strict=True):
+        for node, differentiable in zip(
+            [n for n in graph.nodes if n.op == "placeholder"], self.differentiable, strict=True
+        ):
             values[node] = values[node].detach().clone().requires_grad_(differentiable)
             arguments.append(values[node])
         for node in graph.nodes:
@@ -139,9 +144,15 @@ class Case:
         results = [result] if isinstance(result, Tensor) else list(result)
         return arguments, results, result
 
-    def _gradients(self, arguments: Sequence[Tensor], results: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _gradients(
+        self, arguments: Sequence[Tensor], results: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """The gradient of each argument; zeros where none flows, None where none could."""
-        flowing = [(result, gradient) for result, gradient in zip(results, gradients, strict=True) if gradient is not None and result.requires_grad]
+        flowing = [
+            (result, gradient)
+            for result, gradient in zip(results, gradients, strict=True)
+            if gradient is not None and result.requires_grad
+        ]
         wanted = [tensor for tensor in arguments if tensor.requires_grad]
         found: list[Tensor | None] = [None] * len(wanted)
         if flowing and wanted:
@@ -168,7 +179,9 @@ class Case:
         """What each rank holds of a value."""
         if placement == PARTIAL:
             return self._summands(tensor, axis_size)
-        return [local_shard(tensor, placement, axis_size=axis_size, coord=coord).contiguous() for coord in range(axis_size)]
+        return [
+            local_shard(tensor, placement, axis_size=axis_size, coord=coord).contiguous() for coord in range(axis_size)
+        ]
 
     def check(self, strategy: Strategy, axis_size: int) -> None:
         """AssertionError unless the strategy computes what the whole op does."""
@@ -178,33 +191,59 @@ class Case:
             0.0,
         )  # fmt: skip
         graph = localize(self.module, plan).graph
-        pieces = [self._spread(tensor.detach(), p, axis_size) for tensor, p in zip(self.tensors, strategy.inputs, strict=True)]
+        pieces = [
+            self._spread(tensor.detach(), p, axis_size) for tensor, p in zip(self.tensors, strategy.inputs, strict=True)
+        ]
         gradients = [
-            self._spread(g, DUAL[type(p)] if not isinstance(p, Shard) else p, axis_size) if g is not None else [None] * axis_size
+            self._spread(g, DUAL[type(p)] if not isinstance(p, Shard) else p, axis_size)
+            if g is not None
+            else [None] * axis_size
             for g, p in zip(self.gradients, strategy.outputs, strict=True)
         ]
         holders = [node for node in graph.nodes if node.op == "placeholder"]
 
         def run(axis: Any, coord: int | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
             coord = axis.coord if coord is None else coord
-            arguments, results, _ = self._run({node: piece[coord] for node, piece in zip(holders, pieces, strict=True)}, graph, axis)
+            arguments, results, _ = self._run(
+                {node: piece[coord] for node, piece in zip(holders, pieces, strict=True)}, graph, axis
+            )
             mine = [gradient[coord] for gradient in gradients]
             for result, gradient in zip(results, mine, strict=True):
-                assert gradient is None or result.shape == gradient.shape, f"a result of shape {tuple(result.shape)} on a rank, not {tuple(gradient.shape)}"
+                assert gradient is None or result.shape == gradient.shape, (
+                    f"a result of shape {tuple(result.shape)} on a rank, not {tuple(gradient.shape)}"
+                )
             return arguments, results, self._gradients(arguments, results, mine)  # type: ignore[arg-type]
 
         try:
-            ranks = rank_threads(axis_size).run(run) if strategy.local else [run(None, coord) for coord in range(axis_size)]
+            ranks = (
+                rank_threads(axis_size).run(run) if strategy.local else [run(None, coord) for coord in range(axis_size)]
+            )
         except (RuntimeError, IndexError, ValueError) as error:
             raise AssertionError(f"fails on a rank: {error}") from error
         for k, (whole, placement) in enumerate(zip(self.results, strategy.outputs, strict=True)):
-            self._compare(f"result {k}", [results[k].detach() for _, results, _ in ranks], placement, whole.detach(), self.example.values)
+            self._compare(
+                f"result {k}",
+                [results[k].detach() for _, results, _ in ranks],
+                placement,
+                whole.detach(),
+                self.example.values,
+            )
         for k, (whole, placement) in enumerate(zip(self.after, strategy.inputs, strict=True)):
             if placement != PARTIAL:
-                self._compare(f"argument {k} afterwards", [arguments[k].detach() for arguments, _, _ in ranks], placement, whole.detach())
+                self._compare(
+                    f"argument {k} afterwards",
+                    [arguments[k].detach() for arguments, _, _ in ranks],
+                    placement,
+                    whole.detach(),
+                )
         for k, (gradient, placement) in enumerate(zip(self.input_gradients, strategy.inputs, strict=True)):
             if gradient is not None:
-                self._compare(f"gradient of argument {k}", [grads[k] for _, _, grads in ranks], DUAL.get(type(placement), placement), gradient)
+                self._compare(
+                    f"gradient of argument {k}",
+                    [grads[k] for _, _, grads in ranks],
+                    DUAL.get(type(placement), placement),
+                    gradient,
+                )
 
     @staticmethod
     def _compare(what: str, pieces: list[Tensor], placement: Placement, whole: Tensor, values: bool = True) -> None:
@@ -218,10 +257,14 @@ class Case:
             except RuntimeError as error:
                 raise AssertionError(f"{what}: {error}") from error
         for one in together:
-            assert one.shape == whole.shape and one.dtype == whole.dtype, f"{what}: {one.dtype} {tuple(one.shape)}, whole {whole.dtype} {tuple(whole.shape)}"
+            assert one.shape == whole.shape and one.dtype == whole.dtype, (
+                f"{what}: {one.dtype} {tuple(one.shape)}, whole {whole.dtype} {tuple(whole.shape)}"
+            )
             if values and whole.numel():
                 scale = max(1.0, whole[whole.isfinite()].abs().max().item()) if whole.is_floating_point() else 1.0
-                difference = (one.double() - whole.double()).masked_fill(one == whole, 0.0).abs().max().item()  # inf equals inf
+                difference = (
+                    (one.double() - whole.double()).masked_fill(one == whole, 0.0).abs().max().item()
+                )  # inf equals inf
                 assert difference <= TOLERANCE * scale, f"{what} differs by {difference:.1e}"
 
 
@@ -255,7 +298,9 @@ def check(rule: OpRule, example: Example, axis_size: int) -> set[tuple[str, ...]
             RULES[rule.op] = rule  # localize looks its row up: where arguments spell sizes
             case.check(strategy, axis_size)
         except AssertionError as error:
-            raise AssertionError(f"{rule.op}{example.args} {example.kwargs}, {axis_size} ranks, {strategy}: {error}") from error
+            raise AssertionError(
+                f"{rule.op}{example.args} {example.kwargs}, {axis_size} ranks, {strategy}: {error}"
+            ) from error
         finally:
             if known is None:
                 del RULES[rule.op]
@@ -265,5 +310,7 @@ def check(rule: OpRule, example: Example, axis_size: int) -> set[tuple[str, ...]
     binding = rule.binding(case.call)
     for group in binding.choices:
         sizes = [binding.sizes[name] for name in group]
-        assert group in split or any(size % axis_size or size == 0 for size in sizes), f"{rule.op}: {group} of {sizes} was never split"
+        assert group in split or any(size % axis_size or size == 0 for size in sizes), (
+            f"{rule.op}: {group} of {sizes} was never split"
+        )
     return split

@@ -39,7 +39,9 @@ def test_embedding(axis_size, padding_idx):
     assert padding_idx < 0 or not torch.cat(grads)[padding_idx].any()
 
 
-def run_cross_entropy(logits: torch.Tensor, target: torch.Tensor, gradient: torch.Tensor, axis_size: int, **options: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+def run_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, gradient: torch.Tensor, axis_size: int, **options: Any
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Each rank's loss, and the gradient of all logits."""
     dim = 1 if logits.ndim > 1 else 0
 
@@ -66,7 +68,9 @@ def test_cross_entropy(shape, reduction, label_smoothing, axis_size):
     expected = F.cross_entropy(logits, target, reduction=reduction, label_smoothing=label_smoothing)
     gradient = torch.randn_like(expected)
     expected.backward(gradient)
-    results, grad = run_cross_entropy(logits.detach(), target, gradient, axis_size, reduction=REDUCTIONS[reduction], label_smoothing=label_smoothing)
+    results, grad = run_cross_entropy(
+        logits.detach(), target, gradient, axis_size, reduction=REDUCTIONS[reduction], label_smoothing=label_smoothing
+    )
     for result in results:
         close(result, expected.detach())
     close(grad, logits.grad)
@@ -103,7 +107,9 @@ def test_cross_entropy_in_bfloat16_is_as_close_to_the_truth_as_torch(reduction):
     theirs.backward()
     assert (results[0].double() - expected).abs() <= 2 * max((theirs.double() - expected).abs(), expected.abs() * 2**-8)
     scale = exact.grad.abs().max()
-    assert (grad.double() - exact.grad).abs().max() <= 2 * max((plain.grad.double() - exact.grad).abs().max(), scale * 2**-8)
+    assert (grad.double() - exact.grad).abs().max() <= 2 * max(
+        (plain.grad.double() - exact.grad).abs().max(), scale * 2**-8
+    )
 
 
 @pytest.mark.parametrize("axis_size", [2, 4])
@@ -124,7 +130,9 @@ def test_batch_norm(affine, training, axis_size):
         x = whole.chunk(axis_size, 1)[axis.coord].clone().requires_grad_()
         more = [p.chunk(axis_size)[axis.coord].clone().requires_grad_() for p in parameters]
         running = [mean.clone(), var.clone()]
-        result = sharded_batch_norm(x, *(more or (None, None)), *running, axis, training=training, momentum=0.3, eps=1e-3)
+        result = sharded_batch_norm(
+            x, *(more or (None, None)), *running, axis, training=training, momentum=0.3, eps=1e-3
+        )
         result.backward(gradient.chunk(axis_size, 1)[axis.coord])
         return result.detach(), [x.grad, *(p.grad for p in more)], running
 

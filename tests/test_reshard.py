@@ -7,12 +7,27 @@ import torch
 from rank_threads import rank_threads
 
 from costmodel.hardware import hardware
-from passes.placement import COPIED, PARTIAL, REPLICATE, Copied, Partial, Placement, Replicate, Shard, local_shard, whole_tensor
+from passes.placement import (
+    COPIED,
+    PARTIAL,
+    REPLICATE,
+    Copied,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    local_shard,
+    whole_tensor,
+)
 from passes.reshard import RESHARDS, find_reshard, reshard_seconds
 
 SHAPE = (12, 6, 18)
 SHARDS = [Shard(0), Shard(1), Shard(2), Shard(0, 2), Shard(2, 3), Shard(0, (6, 6)), Shard(2, (6, 12))]
-DUAL: dict[type, Placement] = {Replicate: REPLICATE, Copied: PARTIAL, Partial: REPLICATE}  # what a gradient's pieces mean
+DUAL: dict[type, Placement] = {
+    Replicate: REPLICATE,
+    Copied: PARTIAL,
+    Partial: REPLICATE,
+}  # what a gradient's pieces mean
 
 
 def spread(whole: torch.Tensor, placement: Placement, axis_size: int) -> list[torch.Tensor]:
@@ -67,7 +82,9 @@ def test_a_wrong_row_is_caught():
             continue
         pairs += 1
         try:
-            swapped = type(right)(right.have, right.want, wrong.function, lambda h, w, row=wrong: row.arguments(*_own(row)), "", "")
+            swapped = type(right)(
+                right.have, right.want, wrong.function, lambda h, w, row=wrong: row.arguments(*_own(row)), "", ""
+            )
             check_row(swapped, have, want, 2)
         except (AssertionError, RuntimeError):
             caught += 1
@@ -98,7 +115,9 @@ def test_seconds(trainable):
     link = device.link(2)
 
     def seconds(have: Placement, want: Placement, **options) -> float:
-        return reshard_seconds(have, want, num_bytes=1e6, axis_size=2, hardware=device, link=link, trainable=trainable, **options)
+        return reshard_seconds(
+            have, want, num_bytes=1e6, axis_size=2, hardware=device, link=link, trainable=trainable, **options
+        )
 
     everything = [REPLICATE, COPIED, PARTIAL, *SHARDS]
     for have, want in itertools.product(everything, everything):

@@ -12,8 +12,9 @@ import torch
 from rule_check import Case, Example, above, below, buffer, call, check, f, flags, unit
 
 from costmodel.errors import BadArgument
-from passes import patterns, rules
-from passes.patterns import NONE, SUM, elementwise
+from passes import contraction_patterns, patterns, rules
+from passes.contraction_patterns import NONE, SUM
+from passes.patterns import elementwise
 from passes.rules import RULES, OpRule, register
 
 aten = torch.ops.aten
@@ -21,12 +22,30 @@ F64 = torch.float64
 
 # ---- examples: op -> calls ------------------------------------------------------------------------------------------------
 
-_POSITIVE = {"log", "log10", "log1p", "log2", "sqrt", "rsqrt", "acos", "asin", "atanh", "logit", "erfinv", "digamma", "lgamma", "reciprocal"}
+_POSITIVE = {
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "sqrt",
+    "rsqrt",
+    "acos",
+    "asin",
+    "atanh",
+    "logit",
+    "erfinv",
+    "digamma",
+    "lgamma",
+    "reciprocal",
+}
 _EXTRA: dict[str, tuple[Any, ...]] = {
-    "clamp": (-0.5, 0.5), "clamp_max": (0.3,), "clamp_min": (0.3,), "dropout": (0.5, False), "threshold": (0.1, 0.2), "full_like": (2.0,),
-    "pow.Tensor_Scalar": (3,), "remainder.Scalar": (0.7,), "fmod.Scalar": (0.7,), "rsub.Scalar": (2.0,), "add.Scalar": (2.0,),
+    "clamp": (-0.5, 0.5), "clamp_max": (0.3,), "clamp_min": (0.3,), "dropout": (0.5, False), "threshold": (0.1, 0.2),
+        "full_like": (2.0,),
+    "pow.Tensor_Scalar": (3,), "remainder.Scalar": (0.7,), "fmod.Scalar": (0.7,), "rsub.Scalar": (2.0,),
+        "add.Scalar": (2.0,),
     "sub.Scalar": (2.0,), "mul.Scalar": (2.0,), "div.Scalar": (2.0,), "to.dtype": (F64,),
-    "eq.Scalar": (0.1,), "ne.Scalar": (0.1,), "lt.Scalar": (0.1,), "le.Scalar": (0.1,), "gt.Scalar": (0.1,), "ge.Scalar": (0.1,),
+    "eq.Scalar": (0.1,), "ne.Scalar": (0.1,), "lt.Scalar": (0.1,), "le.Scalar": (0.1,), "gt.Scalar": (0.1,),
+        "ge.Scalar": (0.1,),
 }  # fmt: skip
 
 X, XC, ROWS = f(6, 12), f(12, 6), f(6, 2, 12)
@@ -39,8 +58,10 @@ EXAMPLES: dict[str, list[Example]] = {
     "floor_divide.Scalar": [call(buffer(6, 12), 0.3)],
     "bitwise_not": [call(flags(6, 12))],
     **{name: [call(below(9, 6, 12), 2)] for name in ("bitwise_and.Scalar", "bitwise_or.Scalar", "bitwise_xor.Scalar",
-                                                     "bitwise_left_shift.Tensor_Scalar", "bitwise_right_shift.Tensor_Scalar")},
-    **{name: [call(flags(6, 12), flags(12))] for name in ("bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor",
+                                                     "bitwise_left_shift.Tensor_Scalar",
+                                                     "bitwise_right_shift.Tensor_Scalar")},
+    **{name: [call(flags(6, 12), flags(12))] for name in ("bitwise_and.Tensor", "bitwise_or.Tensor",
+        "bitwise_xor.Tensor",
                                                           "logical_and", "logical_or", "logical_xor")},
     "to.dtype_layout": [call(X, dtype=F64)],
     "to.device": [call(X, "cpu", F64)],
@@ -69,7 +90,8 @@ EXAMPLES: dict[str, list[Example]] = {
     "masked_fill.Scalar": [call(f(2, 6, 12), flags(6, 12), float("-inf"))],
     "masked_fill.Tensor": [call(X, flags(12), f())],
     # views
-    "view": [call(f(6, 2, 12), [6, 24]), call(f(6, 24), [6, 2, 12]), call(f(36, 4), [6, 6, 2, 2]), call(f(6, 1, 12), [6, 12, 1]), call(f(6, 12), [-1])],
+    "view": [call(f(6, 2, 12), [6, 24]), call(f(6, 24), [6, 2, 12]), call(f(36, 4), [6, 6, 2, 2]),
+        call(f(6, 1, 12), [6, 12, 1]), call(f(6, 12), [-1])],
     "reshape": [call(f(6, 36), [6, 3, 12]), call(f(6, 4), [4, 6]), call(f(12, 6), [6, 12]), call(f(24, 2), [2, 12, 2])],
     "_unsafe_view": [call(f(6, 2, 12), [12, 12])],
     "unsqueeze": [call(X, 1), call(X, -1)],
@@ -102,11 +124,15 @@ EXAMPLES: dict[str, list[Example]] = {
     "dot": [call(f(12), f(12))],
     "outer": [call(f(6), f(12))],
     "bmm": [call(f(6, 12, 6), f(6, 6, 12))],
-    "matmul": [call(f(6, 2, 12), f(12, 6)), call(f(6, 12), f(12)), call(f(12), f(6, 12, 6)), call(f(12), f(12)), call(f(6, 1, 2, 12), f(12, 12, 2)),
+    "matmul": [call(f(6, 2, 12), f(12, 6)), call(f(6, 12), f(12)), call(f(12), f(6, 12, 6)), call(f(12), f(12)),
+        call(f(6, 1, 2, 12), f(12, 12, 2)),
                call(f(12), f(12, 6)), call(f(6, 12, 2), f(2))],
-    "addmm": [call(f(6), f(12, 6), f(6, 6)), call(f(12, 6), f(12, 12), f(12, 6)), call(f(1, 6), f(12, 6), f(6, 6), beta=2)],
-    "baddbmm": [call(f(6, 2, 12), f(6, 2, 6), f(6, 6, 12)), call(f(12), f(6, 6, 6), f(6, 6, 12)), call(f(6, 1, 12), f(6, 6, 6), f(6, 6, 12))],
-    "einsum": [call("bqhd,bkhd->bhqk", [f(6, 2, 12, 4), f(6, 3, 12, 4)]), call("...d,de->...e", [f(6, 2, 12), f(12, 6)]), call("ij,jk", [f(6, 12), f(12, 6)]),
+    "addmm": [call(f(6), f(12, 6), f(6, 6)), call(f(12, 6), f(12, 12), f(12, 6)),
+        call(f(1, 6), f(12, 6), f(6, 6), beta=2)],
+    "baddbmm": [call(f(6, 2, 12), f(6, 2, 6), f(6, 6, 12)), call(f(12), f(6, 6, 6), f(6, 6, 12)),
+        call(f(6, 1, 12), f(6, 6, 6), f(6, 6, 12))],
+    "einsum": [call("bqhd,bkhd->bhqk", [f(6, 2, 12, 4), f(6, 3, 12, 4)]),
+        call("...d,de->...e", [f(6, 2, 12), f(12, 6)]), call("ij,jk", [f(6, 12), f(12, 6)]),
                call("ii->i", [f(6, 6)]), call("abc,ac,b->cb", [f(6, 12, 2), f(6, 2), f(12)])],
     "scaled_dot_product_attention": [
         call(f(6, 12, 4, 2), f(6, 12, 4, 2), f(6, 12, 4, 6), None, 0.0, True),
@@ -118,9 +144,12 @@ EXAMPLES: dict[str, list[Example]] = {
         call(f(6, 12, 4, 2), f(6, 6, 5, 2), f(6, 6, 5, 2), f(6, 12, 1, 5), enable_gqa=True),
         call(f(6, 4, 2), f(6, 5, 2), f(6, 5, 2), f(4, 5)),
     ],
-    "conv1d": [call(f(6, 6, 8), f(12, 6, 3)), call(f(6, 6, 8), f(12, 6, 3), f(12), [2], [1]), call(f(6, 24, 8), f(12, 12, 3), None, [1], [1], [1], 2)],
-    "conv2d": [call(f(2, 6, 5, 5), f(12, 6, 3, 3)), call(f(6, 6, 5, 5), f(6, 6, 3, 3), f(6), [2, 2], [1, 1]), call(f(6, 5, 5), f(12, 6, 3, 3)),
-               call(f(2, 12, 4, 4), f(24, 6, 3, 3), f(24), [1, 1], [1, 1], [1, 1], 2), call(f(2, 6, 4, 4), f(6, 1, 3, 3), None, [1, 1], [1, 1], [1, 1], 6)],
+    "conv1d": [call(f(6, 6, 8), f(12, 6, 3)), call(f(6, 6, 8), f(12, 6, 3), f(12), [2], [1]),
+        call(f(6, 24, 8), f(12, 12, 3), None, [1], [1], [1], 2)],
+    "conv2d": [call(f(2, 6, 5, 5), f(12, 6, 3, 3)), call(f(6, 6, 5, 5), f(6, 6, 3, 3), f(6), [2, 2], [1, 1]),
+        call(f(6, 5, 5), f(12, 6, 3, 3)),
+               call(f(2, 12, 4, 4), f(24, 6, 3, 3), f(24), [1, 1], [1, 1], [1, 1], 2),
+               call(f(2, 6, 4, 4), f(6, 1, 3, 3), None, [1, 1], [1, 1], [1, 1], 6)],
     "conv3d": [call(f(2, 6, 3, 3, 3), f(6, 6, 2, 2, 2))],
     # reductions
     "sum": [call(X)],
@@ -160,8 +189,10 @@ EXAMPLES: dict[str, list[Example]] = {
     "layer_norm": [call(f(6, 2, 12), [12], f(12), f(12)), call(f(6, 2, 12), [2, 12]), call(X, [12], f(12))],
     "rms_norm": [call(f(6, 2, 12), [12], f(12), 1e-5), call(X, [12])],
     "group_norm": [call(f(6, 12, 3, 3), 2, f(12), f(12)), call(f(6, 12, 3), 3)],
-    "batch_norm": [call(f(6, 12, 3, 3), f(12), f(12), buffer(12), buffer(12), training, 0.1, 1e-5, False) for training in (True, False)]
-                  + [call(f(6, 12), f(12), f(12), None, None, True, 0.1, 1e-5, False), call(f(6, 12), None, None, buffer(12), buffer(12), True, 0.1, 1e-5, False)],
+    "batch_norm": [call(f(6, 12, 3, 3), f(12), f(12), buffer(12), buffer(12), training, 0.1, 1e-5,
+        False) for training in (True, False)]
+                  + [call(f(6, 12), f(12), f(12), None, None, True, 0.1, 1e-5, False),
+                  call(f(6, 12), None, None, buffer(12), buffer(12), True, 0.1, 1e-5, False)],
     "max_pool1d": [call(f(6, 12, 4), [2])],
     "max_pool2d": [call(f(6, 12, 4, 4), [2, 2]), call(f(6, 4, 4), [3, 3], [1, 1], [1, 1])],
     "max_pool3d": [call(f(6, 12, 2, 2, 2), [2, 2, 2])],
@@ -184,20 +215,29 @@ EXAMPLES: dict[str, list[Example]] = {
     "tril": [call(f(6, 12, 3, 3)), call(f(3, 3), 1)],
     "triu": [call(f(6, 12, 3, 3), 1)],
     # lookups and losses
-    "embedding": [call(f(12, 6), below(12, 6, 2)), call(f(12, 6), below(12, 6, 12), 7), call(f(12, 6), below(4, 6), -1, True)],
-    "cross_entropy_loss": [call(f(6, 12), below(12, 6)), call(f(6, 12), below(12, 6), None, NONE), call(f(6, 12), below(12, 6), None, SUM, 3),
-                           call(f(6, 12, 6), below(12, 6, 6), None, 1, 3, 0.1), call(f(6, 12), unit(6, 12)), call(f(6, 12), below(12, 6), buffer(12)),
+    "embedding": [call(f(12, 6), below(12, 6, 2)), call(f(12, 6), below(12, 6, 12), 7),
+        call(f(12, 6), below(4, 6), -1, True)],
+    "cross_entropy_loss": [call(f(6, 12), below(12, 6)), call(f(6, 12), below(12, 6), None, NONE),
+        call(f(6, 12), below(12, 6), None, SUM, 3),
+                           call(f(6, 12, 6), below(12, 6, 6), None, 1, 3, 0.1), call(f(6, 12), unit(6, 12)),
+                           call(f(6, 12), below(12, 6), buffer(12)),
                            call(f(12), below(12))],
-    "nll_loss_nd": [call(f(6, 12), below(12, 6)), call(f(6, 12, 6), below(12, 6, 6), None, NONE), call(f(6, 12), below(12, 6), None, SUM, 3),
+    "nll_loss_nd": [call(f(6, 12), below(12, 6)), call(f(6, 12, 6), below(12, 6, 6), None, NONE),
+        call(f(6, 12), below(12, 6), None, SUM, 3),
                     call(f(6, 12), below(12, 6), buffer(12))],
-    **{name: [call(X, X), call(X, X, NONE), call(X, X, SUM)] for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")},
+    **{name: [call(X, X), call(X, X, NONE), call(X, X, SUM)] for name in ("mse_loss", "l1_loss", "smooth_l1_loss",
+        "huber_loss")},
     "kl_div": [call(X, unit(6, 12), reduction) for reduction in (NONE, 1, SUM)],
     "soft_margin_loss": [call(X, buffer(6, 12), reduction) for reduction in (NONE, 1, SUM)],
-    "binary_cross_entropy": [call(unit(6, 12), unit(6, 12)), call(unit(6, 12), unit(6, 12), None, SUM), call(unit(6, 12), unit(6, 12), buffer(6, 12), NONE)],
-    "binary_cross_entropy_with_logits": [call(X, unit(6, 12)), call(X, unit(6, 12), None, None, SUM), call(X, unit(6, 12), None, buffer(12), SUM),
+    "binary_cross_entropy": [call(unit(6, 12), unit(6, 12)), call(unit(6, 12), unit(6, 12), None, SUM),
+        call(unit(6, 12), unit(6, 12), buffer(6, 12), NONE)],
+    "binary_cross_entropy_with_logits": [call(X, unit(6, 12)), call(X, unit(6, 12), None, None, SUM),
+        call(X, unit(6, 12), None, buffer(12), SUM),
                                          call(X, unit(6, 12), None, buffer(12), NONE)],
-    "poisson_nll_loss": [call(X, unit(6, 12), True, False, 1e-8, 1), call(X, unit(6, 12), True, False, 1e-8, SUM), call(X, unit(6, 12), True, False, 1e-8, NONE)],
-    "index.Tensor": [call(f(5, 6, 12), [below(5, 6, 2)]), call(f(6, 5, 12), [None, below(5, 6)]), call(f(6, 5, 4, 12), [None, below(5, 6, 1), below(4, 12)]),
+    "poisson_nll_loss": [call(X, unit(6, 12), True, False, 1e-8, 1), call(X, unit(6, 12), True, False, 1e-8, SUM),
+        call(X, unit(6, 12), True, False, 1e-8, NONE)],
+    "index.Tensor": [call(f(5, 6, 12), [below(5, 6, 2)]), call(f(6, 5, 12), [None, below(5, 6)]),
+        call(f(6, 5, 4, 12), [None, below(5, 6, 1), below(4, 12)]),
                      call(f(5, 6, 4, 12), [below(5, 6), None, below(4, 6)]), call(f(6, 5), [None, below(5)])],
     "index_select": [call(f(6, 5, 12), 1, below(5, 6))],
     "gather": [call(f(6, 5, 12), 1, below(5, 6, 2, 12)), call(f(6, 5), 1, below(5, 4, 2))],
@@ -211,11 +251,15 @@ EXAMPLES: dict[str, list[Example]] = {
     "sort.stable": [call(f(6, 3, 12), stable=True, dim=1)],
     "argsort.stable": [call(f(6, 3, 12), stable=True, dim=1)],
     "topk": [call(f(6, 5, 12), 2, 1), call(X, 3)],
-    "lstm.input": [call(f(2, 3, 6), [f(1, 2, 6), f(1, 2, 6)], [f(24, 6), f(24, 6), f(24), f(24)], True, 1, 0.0, False, False, True)],
+    "lstm.input": [call(f(2, 3, 6), [f(1, 2, 6), f(1, 2, 6)], [f(24, 6), f(24, 6), f(24), f(24)], True, 1, 0.0, False,
+        False, True)],
     "gru.input": [call(f(2, 3, 6), f(1, 2, 6), [f(18, 6), f(18, 6), f(18), f(18)], True, 1, 0.0, False, False, True)],
-    **{name: [call(f(2, 3, 6), f(1, 2, 6), [f(6, 6), f(6, 6), f(6), f(6)], True, 1, 0.0, False, False, True)] for name in ("rnn_tanh.input", "rnn_relu.input")},
+    **{name: [call(f(2, 3, 6), f(1, 2, 6), [f(6, 6), f(6, 6), f(6), f(6)], True, 1, 0.0, False, False,
+        True)] for name in ("rnn_tanh.input", "rnn_relu.input")},
     "diagonal_scatter": [call(f(6, 6), f(6))],
     "diag_embed": [call(f(6, 12))],
+    "index_put": [call(X, [below(6, 4)], f(4, 12))],
+    "index_add": [call(X, 0, below(6, 4), f(4, 12))],
     "histc": [call(buffer(12), 4, 0, 2)],
 }  # fmt: skip
 
@@ -244,9 +288,9 @@ def test_every_strategy_of_every_row_equals_the_whole_op(row):
             check(row, example, axis_size)
     bindings = [row.binding(Case(row.op, example).call) for example in calls]
     free = [name for binding in bindings for group in binding.choices for name in group]
-    assert not free or any(binding.sizes[name] % 6 == 0 for binding in bindings for group in binding.choices for name in group), (
-        f"no example of {row.op} can be split: give it dims of 6 or 12"
-    )
+    assert not free or any(
+        binding.sizes[name] % 6 == 0 for binding in bindings for group in binding.choices for name in group
+    ), f"no example of {row.op} can be split: give it dims of 6 or 12"
 
 
 # ---- rows that are wrong -----------------------------------------------------------------------------------------------------
@@ -260,31 +304,49 @@ def _unscaled_mean(call: Any) -> str:
     return patterns.reduce()(call).replace("[", "").replace("]", "")
 
 
-_other_rows = rules.Local(lambda node: (lambda weight, indices, axis: aten.embedding.default(weight, indices % weight.shape[0]), (*node.args[:2], "axis"), {}), rules.PARTIAL)
+_other_rows = rules.Local(
+    lambda node: (
+        lambda weight, indices, axis: aten.embedding.default(weight, indices % weight.shape[0]),
+        (*node.args[:2], "axis"),
+        {},
+    ),
+    rules.PARTIAL,
+)
 
 WRONG: list[tuple[str, OpRule, Example]] = [
     ("softmax along a split dim", OpRule(aten.softmax.int, elementwise), call(X, -1)),
-    ("layer norm of a part of a row", OpRule(aten.layer_norm.default, "... n, n, n -> ... n"), call(f(6, 12), [12], f(12), f(12))),
+    ("layer norm of a part of a row", OpRule(aten.layer_norm.default, "... n, n, n -> ... n"),
+        call(f(6, 12), [12], f(12), f(12))),
     ("a number added on every rank", OpRule(aten.add.Tensor, elementwise, linear="sum"), call(X, 2.0)),
-    ("a bias added on every rank", OpRule(aten.linear.default, patterns.linear, linear="each"), call(X, f(6, 12), f(6))),
-    ("a bias beside a split contraction", OpRule(aten.linear.default, "... k, n k, n -> ... n"), call(X, f(6, 12), f(6))),
+    ("a bias added on every rank", OpRule(aten.linear.default, contraction_patterns.linear, linear="each"),
+        call(X, f(6, 12), f(6))),
+    ("a bias beside a split contraction", OpRule(aten.linear.default, "... k, n k, n -> ... n"),
+        call(X, f(6, 12), f(6))),
     ("the wrong dims exchanged", OpRule(aten.transpose.int, _transposed_wrongly), call(f(6, 6, 6), 0, 2)),
     ("gelu of partial sums", OpRule(aten.gelu.default, elementwise, linear="sum"), call(X)),
     ("a product of two partial sums", OpRule(aten.mul.Tensor, elementwise, linear="sum"), call(X, X)),
     ("a quotient by partial sums", OpRule(aten.div.Tensor, elementwise, linear="each"), call(X, unit(6, 12))),
-    ("a split vocabulary without its rewrite", OpRule(aten.embedding.default, patterns.embedding), call(f(12, 6), below(12, 6))),
-    ("rows of another shard", OpRule(aten.embedding.default, patterns.embedding, local={"v": _other_rows}), call(f(12, 6), below(12, 6))),
+    ("a split vocabulary without its rewrite", OpRule(aten.embedding.default, patterns.embedding),
+        call(f(12, 6), below(12, 6))),
+    ("rows of another shard", OpRule(aten.embedding.default, patterns.embedding, local={"v": _other_rows}),
+        call(f(12, 6), below(12, 6))),
     ("letters exchanged in a matmul", OpRule(aten.mm.default, "k m, n k -> m n"), call(f(6, 6), f(6, 6))),
     ("a sum that is a maximum", OpRule(aten.amax.default, patterns.summed), call(X, [1])),
     ("a mean of parts", OpRule(aten.mean.dim, _unscaled_mean), call(X, [1])),
-    ("heads that take no part in their groups", OpRule(aten.scaled_dot_product_attention.default, "b h [t] [d], b k [s] [d], b k [s] [d] -> b h [t] [d]"),
+    ("heads that take no part in their groups",
+        OpRule(aten.scaled_dot_product_attention.default, "b h [t] [d], b k [s] [d], b k [s] [d] -> b h [t] [d]"),
      call(f(2, 12, 4, 2), f(2, 6, 4, 2), f(2, 6, 4, 2), enable_gqa=True)),
-    ("a fused dim split in halves", OpRule(aten.split_with_sizes.default, lambda call: ("a (d [k]) -> a d, a d", (("k", 2),)), sizes=1), call(f(6, 12), [6, 6], 1)),
-    ("sizes spelled and not localised", OpRule(aten.view.default, patterns.reshape, linear="sum"), call(f(6, 24), [6, 2, 12])),
-    ("both halves of a gate as one", OpRule(aten.glu.default, lambda call: ("a (d [k]) -> a d", (("k", 2),))), call(f(6, 24))),
+    ("a fused dim split in halves",
+        OpRule(aten.split_with_sizes.default, lambda call: ("a (d [k]) -> a d, a d", (("k", 2),)), sizes=1),
+        call(f(6, 12), [6, 6], 1)),
+    ("sizes spelled and not localised", OpRule(aten.view.default, patterns.reshape, linear="sum"),
+        call(f(6, 24), [6, 2, 12])),
+    ("both halves of a gate as one", OpRule(aten.glu.default, lambda call: ("a (d [k]) -> a d", (("k", 2),))),
+        call(f(6, 24))),
     ("statistics of a part of the batch", OpRule(aten.batch_norm.default, "n c, c, c, [m], [v] -> n c"),
      call(f(6, 12), f(12), f(12), buffer(12), buffer(12), True, 0.1, 1e-5, False)),
-    ("groups of channels", OpRule(aten.group_norm.default, "n c [d], c, c -> n c [d]"), call(f(6, 12, 4), 2, f(12), f(12))),
+    ("groups of channels", OpRule(aten.group_norm.default, "n c [d], c, c -> n c [d]"),
+        call(f(6, 12, 4), 2, f(12), f(12))),
     ("a dim that a shard makes vanish", OpRule(aten.squeeze.dim, patterns.reshape, linear="sum"), call(f(2, 12), 0)),
     ("a mean over rows and classes", OpRule(aten.mse_loss.default, "a b, a b -> "), call(X, X)),
     ("whole weights of a sum", OpRule(aten.cross_entropy_loss.default, "n [c], n -> "), call(f(6, 12), below(12, 6))),

@@ -13,13 +13,13 @@ import sympy
 import torch
 from torch import fx, nn
 
+import passes.elimination
 from autopar.trace import Traced, trace
 from costmodel.errors import NoLegalSharding
 from costmodel.hardware import hardware
 from costmodel.memory import optimizer_seconds, training_state_bytes
 from passes import shard as shard_pass
 from passes.costs import Pricing
-import passes.elimination
 from passes.dominance import restricted, undominated
 from passes.elimination import minimise
 from passes.ir import Size, TensorType, calls, is_state, is_trainable, size_symbol, tensor_inputs, tensor_type
@@ -71,7 +71,9 @@ def test_elimination_equals_brute_force(block, wide, monkeypatch):
         assert found == pytest.approx(expected, abs=1e-12), seed
         left = undominated(domains, factors)
         assert all(len(kept) > 0 for kept in left)
-        assert brute_force([len(kept) for kept in left], restricted(factors, left)) == pytest.approx(expected, abs=1e-12), seed
+        assert brute_force([len(kept) for kept in left], restricted(factors, left)) == pytest.approx(
+            expected, abs=1e-12
+        ), seed
 
 
 def test_elimination_refuses_what_is_too_wide():
@@ -118,7 +120,9 @@ class Net:
         self.graph.lint()
         root = nn.Module()
         for node in self.graph.find_nodes(op="get_attr"):
-            root.register_parameter(node.target, nn.Parameter(torch.empty(numbers(tensor_type(node).shape), device="meta")))
+            root.register_parameter(
+                node.target, nn.Parameter(torch.empty(numbers(tensor_type(node).shape), device="meta"))
+            )
         self.module = fx.GraphModule(root, self.graph)
 
     def holder(self, op: str, shape: tuple[int, ...], trainable: bool) -> fx.Node:
@@ -129,20 +133,33 @@ class Net:
 
     @staticmethod
     def type(dtype: torch.dtype, shape: tuple[int, ...]) -> TensorType:
-        return TensorType(dtype, tuple(size // TOKENS * size_symbol("T") if size % TOKENS == 0 else size for size in shape))
+        return TensorType(
+            dtype, tuple(size // TOKENS * size_symbol("T") if size % TOKENS == 0 else size for size in shape)
+        )
 
     def call(self, op: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(op, args)
-        real = fx.map_arg(args, lambda n: torch.zeros(numbers(n.meta["tensor"].shape), dtype=n.meta["tensor"].dtype, device="meta"))
+        real = fx.map_arg(
+            args, lambda n: torch.zeros(numbers(n.meta["tensor"].shape), dtype=n.meta["tensor"].dtype, device="meta")
+        )
         result = op(*real)
-        node.meta = {"tensor": self.type(result.dtype, tuple(result.shape)), "trainable": any(map(is_trainable, tensor_inputs(node)))}
+        node.meta = {
+            "tensor": self.type(result.dtype, tuple(result.shape)),
+            "trainable": any(map(is_trainable, tensor_inputs(node))),
+        }
         return node
 
     def step(self, x: fx.Node, values: list[fx.Node]) -> fx.Node:
         rows, width = numbers(tensor_type(x).shape)
-        kind = self.choose.choice(["linear", "linear", "linear", "linear", "gelu", "add", "bias", "mul", "norm", "softmax", "square", "heads"])
+        kind = self.choose.choice(
+            ["linear", "linear", "linear", "linear", "gelu", "add", "bias", "mul", "norm", "softmax", "square", "heads"]
+        )
         if kind == "linear":
-            return self.call(aten.linear.default, x, self.holder("get_attr", (self.choose.choice([12, 24]), width), self.choose.random() < 0.9))
+            return self.call(
+                aten.linear.default,
+                x,
+                self.holder("get_attr", (self.choose.choice([12, 24]), width), self.choose.random() < 0.9),
+            )
         if kind == "gelu":
             return self.call(aten.gelu.default, x)
         if kind in ("add", "mul"):
@@ -160,14 +177,18 @@ class Net:
         return self.call(aten.softmax.int, self.call(aten.view.default, x, [rows * factor, width // factor]), 0)
 
 
-def objective_of_the_best(net: Net, pricing: Pricing, axis_size: int, microbatches: int, in_flight: int, by_tokens: bool, limit: int) -> float | None:
+def objective_of_the_best(
+    net: Net, pricing: Pricing, axis_size: int, microbatches: int, in_flight: int, by_tokens: bool, limit: int
+) -> float | None:
     """The least objective over all assignments, each term as the module docstring of passes/shard.py has it; None if there are too many.
 
     Nothing of the pass's own tables: the domains come from the rules, and a value's reshards are counted as a set of wants.
     """
 
     def is_tokens(size: Size) -> bool:
-        return by_tokens and not isinstance(size, int) and bool(size.free_symbols) and numbers((size,))[0] % axis_size == 0
+        return (
+            by_tokens and not isinstance(size, int) and bool(size.free_symbols) and numbers((size,))[0] % axis_size == 0
+        )
 
     def splits_tokens(value: TensorType, placement: Placement) -> bool:
         if not isinstance(placement, Shard) or isinstance(placement.segments, tuple):
@@ -191,8 +212,14 @@ def objective_of_the_best(net: Net, pricing: Pricing, axis_size: int, microbatch
         for a in dict.fromkeys(tensor_inputs(n)):
             users.setdefault(a, []).append(n)
     for p in params:
-        wants = [s.inputs[k] for u in users.get(p, []) for s in domains[u] for k, a in enumerate(tensor_inputs(u)) if a is p]
-        domains[p] = list(dict.fromkeys([REPLICATE, *([COPIED] if is_trainable(p) else []), *(w for w in wants if isinstance(w, Shard))]))
+        wants = [
+            s.inputs[k] for u in users.get(p, []) for s in domains[u] for k, a in enumerate(tensor_inputs(u)) if a is p
+        ]
+        domains[p] = list(
+            dict.fromkeys(
+                [REPLICATE, *([COPIED] if is_trainable(p) else []), *(w for w in wants if isinstance(w, Shard))]
+            )
+        )
     order = list(domains)
     sizes = [len(domains[n]) for n in order]
     if torch.tensor(sizes).prod() > limit:
@@ -207,7 +234,9 @@ def objective_of_the_best(net: Net, pricing: Pricing, axis_size: int, microbatch
 
     # seconds and bytes of every choice on its own
     def all_reduce_seconds(value: TensorType) -> float:
-        return collective_seconds("all_reduce", num_bytes=pricing.num_bytes(value), axis_size=axis_size, link=pricing.link(axis_size))
+        return collective_seconds(
+            "all_reduce", num_bytes=pricing.num_bytes(value), axis_size=axis_size, link=pricing.link(axis_size)
+        )
 
     def of_call(node: fx.Node, strategy: Strategy) -> tuple[float, float]:
         call = call_of(node)
@@ -217,11 +246,17 @@ def objective_of_the_best(net: Net, pricing: Pricing, axis_size: int, microbatch
 
     def of_parameter(node: fx.Node, placement: Placement) -> tuple[float, float]:
         value = tensor_type(node)
-        held = value.shape[0] * (value.shape[1] if len(value.shape) > 1 else 1) // (axis_size if isinstance(placement, Shard) else 1)
+        held = (
+            value.shape[0]
+            * (value.shape[1] if len(value.shape) > 1 else 1)
+            // (axis_size if isinstance(placement, Shard) else 1)
+        )
         if not is_trainable(node):
             return 0.0, 4.0 * held
         owed = all_reduce_seconds(value) if placement == COPIED else 0.0
-        return (float(optimizer_seconds(held, pricing.hardware)) + owed) / microbatches, float(training_state_bytes(held))
+        return (float(optimizer_seconds(held, pricing.hardware)) + owed) / microbatches, float(
+            training_state_bytes(held)
+        )
 
     own = {n: [of_parameter(n, c) if n in params else of_call(n, c) for c in domains[n]] for n in order}
     times = {n: 1 if n in params else in_flight for n in order}
@@ -229,7 +264,13 @@ def objective_of_the_best(net: Net, pricing: Pricing, axis_size: int, microbatch
     M = sum(costs[0][1] * times[n] for n, costs in own.items())
     price = shard_pass.MEMORY_WEIGHT * T / max(M, 1.0)
     for n, costs in own.items():
-        add([n], torch.tensor([s + price * b * times[n] + k * 1e-9 * T / len(own) for k, (s, b) in enumerate(costs)], dtype=torch.float64))
+        add(
+            [n],
+            torch.tensor(
+                [s + price * b * times[n] + k * 1e-9 * T / len(own) for k, (s, b) in enumerate(costs)],
+                dtype=torch.float64,
+            ),
+        )
 
     # reshards: a value that users want in several placements goes to each once
     def joins(user: fx.Node, strategy: Strategy) -> bool:
@@ -241,7 +282,11 @@ def objective_of_the_best(net: Net, pricing: Pricing, axis_size: int, microbatch
         kind = tensor_type(value)
         if kind is None or not consumers:
             continue
-        have = [c.outputs[0] if isinstance(c, Strategy) else c for c in domains[value]] if value in domains else [REPLICATE]
+        have = (
+            [c.outputs[0] if isinstance(c, Strategy) else c for c in domains[value]]
+            if value in domains
+            else [REPLICATE]
+        )
         free = [u for u in consumers if u in domains]
         table = torch.zeros([len(have), *(len(domains[u]) for u in free)], dtype=torch.float64)
         for spot in itertools.product(*(range(size) for size in table.shape)):
@@ -256,7 +301,16 @@ def objective_of_the_best(net: Net, pricing: Pricing, axis_size: int, microbatch
                 table[spot] += pricing.reshard_seconds(kind, source, want, axis_size, is_trainable(value), regroup)
         add([value, *free], table) if value in domains else add(free, table[0])
     if net.loss is not None:
-        add([net.loss], torch.tensor([pricing.reshard_seconds(tensor_type(net.loss), s.outputs[0], REPLICATE, axis_size, True) for s in domains[net.loss]], dtype=torch.float64))
+        add(
+            [net.loss],
+            torch.tensor(
+                [
+                    pricing.reshard_seconds(tensor_type(net.loss), s.outputs[0], REPLICATE, axis_size, True)
+                    for s in domains[net.loss]
+                ],
+                dtype=torch.float64,
+            ),
+        )
     return float(total.min())
 
 
@@ -306,7 +360,13 @@ LLAMA = {
 
 
 def llama(**changes: Any) -> nn.Module:
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 256,
+    }
     return models.tiny_llama(**{**sizes, **changes})
 
 
@@ -329,7 +389,11 @@ def planned(model: Traced, tp: int, device: str) -> tuple[dict[str, str], list[f
     loss = next(node for node in weighted.module.graph.nodes if node.meta.get("loss"))
     pricing = Pricing(hardware(device), model.sizes)
     plan = shard(weighted.module, axis="tp", axis_size=tp, pricing=pricing, microbatches=4, in_flight=2, loss=loss)
-    placements = {str(n.target): notation(tensor_type(n).shape, {"tp": plan.placement(n)}) for n in weighted.module.graph.nodes if is_state(n)}
+    placements = {
+        str(n.target): notation(tensor_type(n).shape, {"tp": plan.placement(n)})
+        for n in weighted.module.graph.nodes
+        if is_state(n)
+    }
     return placements, list(localize(weighted.module, plan).graph.nodes)
 
 
@@ -350,7 +414,9 @@ def check_split(model: Traced, expected: dict[str, str], tp: int, device: str) -
 
 @pytest.mark.parametrize("device", ["cpu", "h100-sxm"])
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize(("name", "expected"), [("tied", OWN), ("untied", UNTIED), ("by hand", OWN), ("gpt2", GPT2), ("llama", LLAMA)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("tied", OWN), ("untied", UNTIED), ("by hand", OWN), ("gpt2", GPT2), ("llama", LLAMA)]
+)
 def test_transformers_are_split_as_by_hand(traced, name, expected, tp, device):
     check_split(traced[name], expected, tp, device)
 
@@ -373,7 +439,14 @@ def test_without_a_reason_to_split_nothing_is_split(traced):
     plan = shard(model.graph_module, axis="tp", axis_size=1, pricing=Pricing(hardware("cpu"), model.sizes))
     assert not any(strategy.is_split for strategy in plan.strategies.values())
     pins = lambda name, kind, choices: [REPLICATE]  # noqa: E731
-    plan = shard(model.graph_module, axis="tp", axis_size=2, pricing=Pricing(hardware("cpu"), model.sizes), loss=model.loss, pins=pins)
+    plan = shard(
+        model.graph_module,
+        axis="tp",
+        axis_size=2,
+        pricing=Pricing(hardware("cpu"), model.sizes),
+        loss=model.loss,
+        pins=pins,
+    )
     assert {plan.placement(n) for n in model.graph_module.graph.nodes if is_state(n)} == {REPLICATE}
 
 

@@ -1,0 +1,27 @@
+"""Every model of the zoo gives, on every layout, the untouched model's loss, gradients and buffers. One table, no case of its own."""
+
+from __future__ import annotations
+
+import pytest
+from zoo import LAYOUTS, ZOO
+from zoo_table import measure
+
+# One layout of each family: splits and cuts, fused weights, masks, BatchNorm, skips, tied weights, experts, encoder and decoder.
+QUICK = (
+    ("mlp", 4, 1), ("attention_weights", 2, 2), ("transformer_encoder", 2, 2), ("transformer", 1, 4), ("gpt_by_hand", 4, 1),
+    ("resnet", 2, 2), ("resnet_training", 1, 4), ("unet", 1, 4), ("lstm", 1, 2), ("two_towers", 2, 2), ("keyword_only", 2, 2),
+    ("gpt2-eager", 2, 2), ("mistral-sdpa", 4, 1), ("phi3-sdpa", 2, 2), ("mixtral-sdpa", 2, 1), ("bert-sdpa", 2, 2), ("t5-sdpa", 2, 2),
+    ("vit-sdpa", 1, 4), ("whisper-sdpa", 2, 1),
+)  # fmt: skip
+EVERY = tuple((name, tp, pp) for name in ZOO for tp, pp in LAYOUTS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "tp", "pp"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in EVERY])
+def test_the_parallel_model_equals_the_untouched_one(name: str, tp: int, pp: int) -> None:
+    row = measure(name, tp, pp)
+    assert row.report.ok, str(row.report)
+
+
+def test_the_quick_cases_are_cases() -> None:
+    assert set(QUICK) <= set(EVERY)

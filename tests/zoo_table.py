@@ -1,0 +1,66 @@
+"""`python tests/zoo_table.py [model ...] [--layouts 2x1,1x4]`: every model of the zoo on every layout (tp x pp) against the untouched model.
+
+Prints the difference of the loss, the worst relative difference of a gradient or buffer, how many parameters are split over tp, and the
+ops that stayed whole for want of a rule. Exit status 1 if any differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+from tabulate import tabulate
+from zoo import LAYOUTS, ZOO
+
+import autopar
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one layout."""
+
+    model: str
+    tp: int
+    pp: int
+    report: autopar.verify.Report  # type: ignore[name-defined]
+
+    def cells(self) -> tuple[str, ...]:
+        """What the table shows."""
+        texts = self.report.plan.parameter_notation.values()
+        whole = dict.fromkeys(name for note in self.report.plan.notes for name in re.findall(r"^torch\.ops\.(\S+) .*stays whole", note))
+        return (
+            self.model, str(self.tp), str(self.pp), "equal" if self.report.ok else "DIFFERENT", f"{self.report.loss_difference:.1e}",
+            f"{self.report.worst.relative:.1e}", f"{sum('/tp' in text for text in texts)} of {len(texts)}", ", ".join(whole),
+        )  # fmt: skip
+
+
+HEADERS = ("model", "tp", "pp", "verdict", "loss", "worst", "split", "stayed whole (no rule)")
+
+
+def measure(name: str, tp: int, pp: int) -> Row:
+    """Verify one model on one layout."""
+    torch.manual_seed(0)
+    example = ZOO[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = autopar.verify(example.model, example.inputs, tp=tp, pp=pp, loss_fn=example.loss_fn)
+    return Row(name, tp, pp, report)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(ZOO), metavar="model")
+    parser.add_argument("--layouts", default=",".join(f"{tp}x{pp}" for tp, pp in LAYOUTS), help="tp x pp, as 2x1,1x4")
+    options = parser.parse_args()
+    layouts = [tuple(map(int, text.split("x"))) for text in options.layouts.split(",")]
+    rows = [measure(name, tp, pp) for name in options.models for tp, pp in layouts]
+    print(tabulate([row.cells() for row in rows], headers=HEADERS, disable_numparse=True))
+    return 0 if all(row.report.ok for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

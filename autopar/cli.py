@@ -285,9 +285,8 @@ def _run_emit(arguments: argparse.Namespace, progress: _Progress) -> int:
     buffers = sorted({name for stage in plan.stages for name in stage.buffers})
     if buffers and not arguments.weights:
         print(
-            f"note: {', '.join(buffers[:3])}{', ...' if len(buffers) > 3 else ''} are buffers, "
-            "whose values are not in the programs: "
-            "run.py needs them from a checkpoint or from `autopar emit --weights`",
+            f"note: the programs do not hold the values of buffers ({', '.join(buffers[:3])}"
+            f"{', ...' if len(buffers) > 3 else ''}): run.py takes them from a checkpoint, or `emit --weights`",
             file=sys.stderr,
         )
     return DONE
@@ -433,7 +432,7 @@ _COMMANDS: dict[str, _Command] = {
         "print the partition plan of a model",
         (
             "autopar plan examples/mlp.py:example --tp 2 --pp 2",
-            "autopar plan hf:llama --set num_hidden_layers=32 --tp 8 --pp 4 --hardware h100-sxm --save plan.json",
+            "autopar plan hf:MODEL_TYPE --set num_hidden_layers=32 --tp 8 --pp 4 --hardware h100-sxm --save plan.json",
         ),
         _plan_arguments,
         _run_plan,
@@ -451,7 +450,7 @@ _COMMANDS: dict[str, _Command] = {
         "run the model on local ranks and compare loss, gradients and buffers with the untouched model",
         (
             "autopar verify examples/mlp.py:example --tp 2 --pp 2",
-            "autopar verify hf:llama --set num_hidden_layers=4 --set hidden_size=256 --tp 2 --batch 4 --seq 32",
+            "autopar verify hf:MODEL_TYPE --set num_hidden_layers=4 --set hidden_size=256 --tp 2 --batch 4 --seq 32",
         ),
         _verify_arguments,
         _run_verify,
@@ -460,7 +459,7 @@ _COMMANDS: dict[str, _Command] = {
         "show what each placement of a parameter would cost",
         (
             "autopar explain examples/mlp.py:example block0.up.weight --tp 2",
-            "autopar explain hf:llama model.layers.0.mlp --tp 4 --hardware h100-sxm",
+            "autopar explain hf:MODEL_TYPE model.layers.0 --tp 4 --hardware h100-sxm",
         ),
         _explain_arguments,
         _run_explain,

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from autopar.printers import PRINTERS, RANDOM
+from passes.canonical_rewrite import is_random
 from passes.instructions import Instruction
 from passes.ir import is_state, origin, size_expr, tensor_type
 from passes.localize import sharding
@@ -82,10 +83,15 @@ class _Body:
         }
         if isinstance(node.target, torch._ops.OpOverload):
             printer = PRINTERS.get(node.target)
+            sharded = any(isinstance(p, Shard) for p in sharding(node).values())
+            if node.target not in RANDOM and is_random(node):
+                self.functions.add("draw")
+                kwargs |= {"stage": "self"} | ({"sharded": "True"} if sharded else {})
+                return f"draw({', '.join([_op_text(node.target), *args, *(f'{k}={v}' for k, v in kwargs.items())])})"
             if printer is None:
                 return f"{_op_text(node.target)}({', '.join([*args, *(f'{k}={v}' for k, v in kwargs.items())])})"
             if node.target in RANDOM:
-                kwargs["sharded"] = str(any(isinstance(p, Shard) for p in sharding(node).values()))
+                kwargs["sharded"] = str(sharded)
             text = printer(*args, **kwargs)
             for name in ("dropout", "attention_with_dropout"):
                 if text.startswith(f"{name}("):

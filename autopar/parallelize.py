@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,11 +160,25 @@ def model_name(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class _Form:
-    """One form of the model's call: its trace, its plan, and the ranks that run it (made when first asked for)."""
+    """One form of the model's call: its trace, its plan, the ranks that run it (made when first asked for), and for training or not."""
 
     traced: Traced
     plan: Plan
     ranks: Callable[[], Ranks]
+    training: bool
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model as it is while `training` is its mode; else put in that mode, and back part by part."""
+    modes = {part: part.training for part in model.modules()}
+    if model.training != training:
+        model.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 class ParallelModel:
@@ -175,13 +190,14 @@ class ParallelModel:
         self._plan: Plan | None = None
         self._ranks_made: Ranks | None = None
         self._forms: dict[tuple[str, int, int], _Form] = {}  # further forms of the call, by what they are for
-        self.training = model.training
+        self.training = self._traced_training = model.training
 
     # ---- the plan ---------------------------------------------------------------------------------------------------
 
     def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
         options = self._options
-        self._traced = trace(self._model, args, kwargs, loss_fn=options.loss_fn)
+        self._traced_training = self.training
+        self._traced = self._trace_form(args, kwargs)
         if options.plan is not None:
             self._plan = options.plan.check_model(fingerprint(self._traced))
             if dict(self._plan.inputs) != {name: _type_text(value.type) for name, value in self._traced.inputs.items()}:
@@ -192,6 +208,10 @@ class ParallelModel:
                 model_name=model_name(self._model), overrides=options.overrides, sequence_parallel=options.sequence_parallel,
             )  # fmt: skip
         return self._traced
+
+    def _trace_form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+        with _in_mode(self._model, self.training):
+            return trace(self._model, args, kwargs, loss_fn=self._options.loss_fn)
 
     @property
     def plan(self) -> Plan:
@@ -224,15 +244,21 @@ class ParallelModel:
 
         Programs are symbolic in the batch and, where the model allows it, in the sequence. A batch of fewer rows than microbatches
         gets a schedule of its own; a call of another form (a size that is baked in, other arguments) is traced anew, with every
-        parameter where it is. Either is made once, and said in one line.
+        parameter where it is. Either is made once, and said in one line. So is the model in its other mode, training or evaluation,
+        without a word: statistics, dropout and whatever else forward does differently there.
         """
         traced = self._traced or self._trace(args, kwargs)
-        main = _Form(traced, self.plan, self._ranks)
-        try:
-            batch = traced.flatten(args, kwargs)
-            sizes = traced.size_values(batch)
-            form = main
-        except BadArgument as misfit:
+        known = [_Form(traced, self.plan, self._ranks, self._traced_training), *self._forms.values()]
+        misfit: BadArgument | None = None
+        for form in known:
+            if form.training == self.training:
+                try:
+                    batch = form.traced.flatten(args, kwargs)
+                    sizes = form.traced.size_values(batch)
+                    break
+                except BadArgument as error:
+                    misfit = misfit or error
+        else:
             form, batch, sizes = self._other_form(args, kwargs, misfit)
         rows = sizes.get("B", form.plan.microbatches)
         if 0 < rows < form.plan.microbatches:
@@ -240,21 +266,19 @@ class ParallelModel:
             if key not in self._forms:
                 warnings.warn(f"autopar: a batch of {rows} rows: {rows} microbatches instead of {form.plan.microbatches}", stacklevel=4)
                 fewer = form.plan.with_microbatches(rows)
-                self._forms[key] = _Form(form.traced, fewer, self._once(fewer, form.traced))
+                self._forms[key] = _Form(form.traced, fewer, self._once(fewer, form.traced), self.training)
             form = self._forms[key]
         return form, batch
 
-    def _other_form(self, args: tuple[Any, ...], kwargs: dict[str, Any], misfit: BadArgument) -> tuple[_Form, dict[str, torch.Tensor], dict[str, int]]:
-        for known in self._forms.values():
-            try:
-                batch = known.traced.flatten(args, kwargs)
-                return known, batch, known.traced.size_values(batch)
-            except BadArgument:
-                continue
+    def _other_form(self, args: tuple[Any, ...], kwargs: dict[str, Any], misfit: BadArgument | None) -> tuple[_Form, dict[str, torch.Tensor], dict[str, int]]:
+        """A new form: for a call that fits none of this mode (`misfit`), or the first call in this mode (None)."""
         try:
-            traced = trace(self._model, args, kwargs, loss_fn=self._options.loss_fn)
+            traced = self._trace_form(args, kwargs)
             batch = traced.flatten(args, kwargs)
             sizes = traced.size_values(batch)
+            if misfit is None and self._traced is not None and _same(traced, self._traced):
+                form = self._forms["mode", 0, 0] = _Form(self._traced, self.plan, self._ranks, self.training)
+                return form, batch, sizes
             rows = sizes.get("B", 1)
             plan = make_plan(
                 traced, mesh=self._options.mesh, microbatches=max(1, min(self.plan.microbatches, rows)), schedule=self._options.schedule,
@@ -263,17 +287,23 @@ class ParallelModel:
             )  # fmt: skip
             self._check_held(plan)
         except AutoparError as error:
+            if misfit is None:
+                raise
             raise BadArgument(misfit.what, where=misfit.where, why=misfit.why or str(error), use=misfit.use) from error
-        warnings.warn(f"autopar: programs rebuilt for another form of the call ({misfit.what})", stacklevel=5)
-        form = _Form(traced, plan, self._once(plan, traced))
+        if misfit is not None:
+            warnings.warn(f"autopar: programs rebuilt for another form of the call ({misfit.what})", stacklevel=5)
+        form = _Form(traced, plan, self._once(plan, traced), self.training)
         self._forms["form", len(self._forms), 0] = form
         return form, batch, sizes
 
     def _check_held(self, plan: Plan) -> None:
+        updated = {name for main in self.plan.stages for node in main.graph_module.graph.nodes for name in node.meta.get("mutates", ())}
         for stage, main in zip(plan.stages, self.plan.stages, strict=True):
             for name, text in stage.parameters.items():
                 if main.parameters.get(name) != text:
                     raise BadArgument(f"this call needs {name} as {text!r} on stage {stage.index}, which holds {main.parameters.get(name)!r}")
+            for name in updated.intersection(stage.buffers).difference(main.buffers):
+                raise BadArgument(f"this call reads the buffer {name} on stage {stage.index}, which does not hold it")
 
     def _once(self, plan: Plan, traced: Traced) -> Callable[[], Ranks]:
         """Ranks for a further plan, made at first use."""
@@ -383,6 +413,16 @@ class ParallelModel:
             form.ranks().close()
         if self._ranks_made is not None:
             self._ranks_made.close()
+
+
+def _same(one: Traced, other: Traced) -> bool:
+    """True if two traces are one program."""
+
+    def parts(traced: Traced) -> tuple[Any, ...]:
+        nodes = [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in traced.graph_module.graph.nodes]
+        return nodes, list(traced.inputs.items()), traced.limits, traced.baked, traced.output_spec, list(traced.constants)
+
+    return parts(one) == parts(other) and all(torch.equal(tensor, other.constants[name]) for name, tensor in one.constants.items())
 
 
 def _type_text(value: Any) -> str:

@@ -19,12 +19,12 @@ from torch import fx
 
 from autopar.emit import emit_program
 from autopar.program import Receive, Send
-from costmodel.errors import BadArgument, BadPlan
+from costmodel.errors import AutoparError, BadArgument, BadPlan
 from passes.cut import StageCost
 from passes.instructions import Instruction, instruction
 from passes.ir import Size
 from passes.order import order, prove
-from passes.placement import Placement, local_shape, notation, parse_notation
+from passes.placement import Placement, Shard, divides, notation, parse_notation
 from passes.serialize import graph_from_json, graph_to_json
 from passes.timeline import Span, Timeline, simulate
 
@@ -172,6 +172,11 @@ class Plan:
         prove(self.instructions, self.edges, gradient_edges=self.gradient_edges, num_microbatches=self.microbatches)
         axes = tuple(self.mesh)
         for stage in self.stages:
+            if dict(stage.axis_sizes) != dict(self.mesh):
+                raise BadPlan(
+                    f"stage {stage.index} was made for {dict(stage.axis_sizes)}, and the plan's mesh is {dict(self.mesh)}",
+                    why="its program spells the sizes of one rank", use="a new plan for that mesh",
+                )  # fmt: skip
             held = {str(n.target): n for n in stage.graph_module.graph.nodes if n.op == "get_attr"}
             declared = {**stage.parameters, **stage.buffers}
             if set(held) != set(declared):
@@ -187,7 +192,15 @@ class Plan:
                         why="placements are decided together: one cannot be edited alone",
                         use="overrides={'placements': {...}} to make a new plan",
                     )
-                local_shape("f32[" + ", ".join(str(size) for size in shape) + "]", {}, self.mesh)
+                for axis, placement in sharding.items():
+                    if isinstance(placement, Shard) and not divides(shape[placement.dim], placement.segments, self.mesh[axis]):
+                        raise BadPlan(f"{name} is placed as {text!r}, which {axis} = {self.mesh[axis]} does not divide")
+            received = {n.name: n.meta["received"] for n in stage.graph_module.graph.nodes if "received" in n.meta}
+            if received != {name: value.source for name, value in stage.receives.items()}:
+                raise BadPlan(f"stage {stage.index} declares that it receives {list(stage.receives)}, but its graph takes {list(received)}")
+            for name, send in stage.sends.items():
+                if any(not stage.index < to < len(self.stages) or name not in self.stages[to].receives for to in send.to):
+                    raise BadPlan(f"stage {stage.index} sends {name} to {send.to}, and not all of them receive it")
             for name, value in stage.receives.items():
                 sent = self.stages[value.source].sends.get(name) if 0 <= value.source < stage.index else None
                 if sent is None or sent.type != value.type or stage.index not in sent.to:
@@ -209,6 +222,7 @@ class Plan:
         stages = []
         for stage in self.stages:
             record = {name: getattr(stage, name) for name in ("index", "outputs", "inputs", "parameters", "buffers", "layers")}
+            record["axis_sizes"] = dict(stage.axis_sizes)
             record["partial_gradients"] = list(stage.partial_gradients)
             record["tied"] = {name: list(held) for name, held in stage.tied.items()}
             record["receives"] = {name: asdict(value) for name, value in stage.receives.items()}
@@ -248,7 +262,7 @@ class Plan:
             raise BadPlan(f"cannot read the plan {path}", why=str(error)) from error
         try:
             return cls.from_json(text).check()
-        except BadPlan as error:
+        except AutoparError as error:
             raise type(error)(error.what, where=error.where or str(path), why=error.why, use=error.use) from error
 
     @classmethod
@@ -262,7 +276,7 @@ class Plan:
             raise BadPlan("this is not a plan of this version of autopar", use=f'a file with "format": {FORMAT}')
         try:
             mesh = dict(values["mesh"])
-            stages = tuple(_stage_from_json(record, mesh) for record in values["stages"])
+            stages = tuple(_stage_from_json(record) for record in values["stages"])
             plain = ("model", "fingerprint", "num_parameters", "microbatches", "schedule", "hardware", "tied_exact")
             given: dict[str, Any] = {name: values[name] for name in plain}
             given |= {name: dict(values[name]) for name in ("sizes", "inputs", "aliases", "collectives")}
@@ -294,7 +308,7 @@ class Plan:
         return plan_text(self)
 
 
-def _stage_from_json(record: Mapping[str, Any], mesh: Mapping[str, int]) -> StagePlan:
+def _stage_from_json(record: Mapping[str, Any]) -> StagePlan:
     return StagePlan(
         index=record["index"],
         receives={name: Receive(**value) for name, value in record["receives"].items()},
@@ -307,7 +321,7 @@ def _stage_from_json(record: Mapping[str, Any], mesh: Mapping[str, int]) -> Stag
         tied={name: tuple(stages) for name, stages in record["tied"].items()},
         cost=StageCost(**record["cost"]),
         layers=record["layers"],
-        axis_sizes=mesh,
+        axis_sizes=dict(record["axis_sizes"]),
         records=record["graph"],
     )
 

@@ -69,14 +69,17 @@ def make_plan(
     """The plan for a mesh. BadArgument, TooManyStages or NoLegalSharding where it cannot be."""
     pp, tp = mesh["pp"], mesh["tp"]
     rows = traced.sizes.get("B", 1)
-    count = microbatches if microbatches is not None else choose_microbatches(rows, pp)
+    weighted = weigh_loss(traced.graph_module, traced.loss)
+    count = microbatches if microbatches is not None else 1 if weighted.meeting else choose_microbatches(rows, pp)
+    meeting = meeting_notes(weighted.meeting, count, pp)
+    for note in meeting if count > 1 else ():
+        warnings.warn(note, stacklevel=2)
     if count > rows:
         raise BadArgument(f"{count} microbatches were asked for, and the batch has {rows} rows", use=f"microbatches <= {rows}, or a larger batch")
     row = schedule_named(schedule)
     overrides = overrides or Overrides()
     sizes = {**traced.sizes, "B": -(-rows // count)}
     pricing = Pricing(hardware, sizes)
-    weighted = weigh_loss(traced.graph_module, traced.loss)
     graph = weighted.module.graph
     loss = next((node for node in graph.nodes if node.meta.get("loss")), None)
     overrides.check(graph, mesh)
@@ -125,7 +128,7 @@ def make_plan(
         stages=plans, instructions=instructions, parameter_notation=parameter_notation,
         aliases={alias: name for name, others in traced.aliases.items() for alias in others},
         collectives=_collectives(local), predicted=predicted,
-        notes=tuple(_notes(cuts, sharded, plans, weighted.notes, exact, tied_bytes, hardware)),
+        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes), exact, tied_bytes, hardware)),
         tied_exact=exact, gradient_edges=tuple(gradient_edges),
         loss_weight_records=graph_to_json(weighted.weights.graph) if weighted.weights is not None else None,
     )  # fmt: skip
@@ -275,6 +278,16 @@ def _predict(
     communication = max(stage.cost.collective_seconds + stage.cost.send_seconds for stage in stages) * microbatches
     peak = max(stage.cost.peak_bytes for stage in stages)
     return Prediction(seconds, peak, bubble, communication, rate / 1e12, rate / hardware.peak_flops.get(dtype, hardware.peak_flops["f32"]))
+
+
+def meeting_notes(places: Sequence[str], microbatches: int, num_stages: int) -> list[str]:
+    """What it means that rows of the batch meet before the loss adds them up."""
+    if not places or (num_stages == 1 and microbatches == 1):
+        return []
+    where = places[0] + (f" and {len(places) - 1} more" if len(places) > 1 else "")
+    if microbatches == 1:
+        return [f"one microbatch, so no overlap of stages: the loss compares rows of the batch with each other: {where}"]
+    return [f"{microbatches} microbatches do not give the whole batch's loss: it compares rows of the batch with each other: {where}; microbatches=1 does"]
 
 
 def unruled_notes(nodes: Sequence[fx.Node]) -> list[str]:

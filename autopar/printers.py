@@ -75,6 +75,8 @@ def _split(x: str, sizes: str, dim: str = "0") -> str:
 
 
 def _dropout(x: str, p: str, train: str, *, sharded: str) -> str:
+    if train == "False":
+        return _call("aten.dropout.default", x, p, train)
     return _call("dropout", x, p, "self", **({"sharded": "True"} if sharded == "True" else {}))
 
 

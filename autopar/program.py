@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from autopar.random_ops import attention_with_dropout, dropout
+from autopar.random_ops import attention_with_dropout, draw, dropout
 from costmodel.errors import BadPlan
 from passes.instructions import (
     Backward,
@@ -40,7 +40,7 @@ from passes.local_ops import sharded_batch_norm, sharded_cross_entropy, sharded_
 from passes.reshard import all_gather, all_reduce, all_to_all, copy_to, own_gradient, reduce_scatter, take_shard
 
 FUNCTIONS = (
-    all_gather, all_reduce, all_to_all, attention_with_dropout, copy_to, dropout, own_gradient, reduce_scatter,
+    all_gather, all_reduce, all_to_all, attention_with_dropout, copy_to, draw, dropout, own_gradient, reduce_scatter,
     sharded_batch_norm, sharded_cross_entropy, sharded_embedding, take_shard,
 )  # fmt: skip
 FUNCTION_NAMES = frozenset(function.__name__ for function in FUNCTIONS)
@@ -63,6 +63,7 @@ __all__ = [
     "all_to_all",
     "attention_with_dropout",
     "copy_to",
+    "draw",
     "dropout",
     "load_program",
     "own_gradient",

@@ -180,7 +180,7 @@ def rank_tensors(
         source = f"{checkpoint} does not have it"
     elif random:
         whole = lambda name, h: _initial(name, h, seed) if h.is_parameter else None  # noqa: E731
-        source = "buffers are not random"
+        source = f"only parameters are random, and there is no {file.name}"
     else:
         whole = lambda name, h: None  # noqa: E731
         source = f"there is no {file.name}"
@@ -196,10 +196,11 @@ def rank_tensors(
         else:
             missing.append(name)
     if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise WeightsMissing(
-            f"{missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} of rank {rank} have no values",
+            f"no values for {missing[0]}{others} of rank {rank}",
             why=source,
-            use="--checkpoint model.pt, --random, or `autopar emit --weights`, which writes weights_<rank>.pt",
+            use=f"{'' if random else '--random, '}--checkpoint model.pt with them, or `autopar emit --weights`",
         )
     parameters = {
         name: torch.nn.Parameter(t, requires_grad=held[name].trainable)

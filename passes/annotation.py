@@ -1,4 +1,5 @@
-"""The einsum-like annotations of op rules: parsing, binding to shapes, and the placements that splitting one dim name gives.
+"""The einsum-like annotations of op rules: parsing, binding to shapes, and the placements that splitting one dim name
+gives.
 
 Grammar of an annotation, `"b t k, n k -> b t n"`:
 
@@ -6,11 +7,13 @@ Grammar of an annotation, `"b t k, n k -> b t n"`:
 - `name`: a dim; the same name everywhere means the same dim. A name that the results lack is summed over;
 - `[name]`: a dim that must stay whole;
 - `...`: any leading dims, aligned from the right and broadcasting (a dim of size 1 does not take part in a split);
-- `(a b c)`: one dim that is the product of several, outermost first; splitting `b` splits each of its `a` blocks; `([a] b)`: only `b`;
+- `(a b c)`: one dim that is the product of several, outermost first; splitting `b` splits each of its `a` blocks;
+  `([a] b)`: only `b`;
 - `(q + k + v)`: one dim that is the concatenation of several, which are split together, each in itself;
 - `1`: a dim of size 1.
 
-`Binding.split(name, cut)` is all that the rest needs: for each argument and result, the dim and the blocks in which it is split.
+`Binding.split(name, cut)` is all that the rest needs: for each argument and result, the dim and the blocks in which
+it is split.
 """
 
 from __future__ import annotations
@@ -110,7 +113,7 @@ class Binding:
             sizes = tuple(self.sizes[name] for name in dim.names)
             if cut.segments != 1 or not all(isinstance(part, int) for part in sizes):
                 return None
-            return Cut(len(sizes) if len(set(sizes)) == 1 else sizes, cut.unit)  # type: ignore[arg-type]
+            return Cut(len(sizes) if len(set(sizes)) == 1 else sizes, cut.unit)
         position = dim.names.index(group[0])
         before = _product([self.sizes[name] for name in dim.names[:position]])
         after = _product([self.sizes[name] for name in dim.names[position + 1 :]])
@@ -137,7 +140,9 @@ class Binding:
         count = _ratio(cut.segments, before)
         return Cut(count, unit) if count is not None and _ratio(self.sizes[group[0]], count) is not None else None
 
-    def concerned(self, pattern: tuple[Dim, ...], shape: tuple[Size, ...], group: tuple[str, ...]) -> tuple[int, Dim] | None:
+    def concerned(
+        self, pattern: tuple[Dim, ...], shape: tuple[Size, ...], group: tuple[str, ...]
+    ) -> tuple[int, Dim] | None:
         """The dim of a pattern that holds the group (a broadcast dim of size 1 does not)."""
         for index, dim in enumerate(pattern):
             if dim.names and any(name in dim.names for name in group):
@@ -146,8 +151,11 @@ class Binding:
                 return index, dim
         return None
 
-    def shard(self, pattern: tuple[Dim, ...], shape: tuple[Size, ...], group: tuple[str, ...], cut: Cut, axis_size: int) -> Shard | bool | None:
-        """The placement of one argument or result: a Shard, None where it is not concerned, False where the split is impossible."""
+    def shard(
+        self, pattern: tuple[Dim, ...], shape: tuple[Size, ...], group: tuple[str, ...], cut: Cut, axis_size: int
+    ) -> Shard | bool | None:
+        """The placement of one argument or result: a Shard, None where it is not concerned, False where the split is
+        impossible."""
         found = self.concerned(pattern, shape, group)
         if found is None:
             return None
@@ -160,8 +168,14 @@ class Binding:
 
 
 @lru_cache(maxsize=65536)
-def bind(annotation: str, input_shapes: tuple[tuple[Size, ...], ...], output_shapes: tuple[tuple[Size, ...], ...], sizes: tuple[tuple[str, Size], ...] = ()) -> Binding:
-    """Bind an annotation to shapes. ValueError if the shapes do not fit it. `sizes` gives names that occur only inside products."""
+def bind(
+    annotation: str,
+    input_shapes: tuple[tuple[Size, ...], ...],
+    output_shapes: tuple[tuple[Size, ...], ...],
+    sizes: tuple[tuple[str, Size], ...] = (),
+) -> Binding:
+    """Bind an annotation to shapes. ValueError if the shapes do not fit it. `sizes` gives names that occur only
+    inside products."""
     left, right = annotation.split("->")
     whole: set[str] = set()
     bound: list[tuple[Dim, ...]] = []
@@ -188,19 +202,26 @@ def bind(annotation: str, input_shapes: tuple[tuple[Size, ...], ...], output_sha
                     raise ValueError(f"annotation {annotation!r}: sizes of {missing} are unknown")
             elif len(missing) == 1:
                 rest = _product([known[name] for name in dim.names if name in known])
-                known[missing[0]] = size // rest if isinstance(size, int) and isinstance(rest, int) else sympy.sympify(size) / rest
+                known[missing[0]] = (
+                    size // rest if isinstance(size, int) and isinstance(rest, int) else sympy.sympify(size) / rest
+                )
             elif missing:
                 raise ValueError(f"annotation {annotation!r}: sizes of {missing} are unknown")
     for pattern, shape in zip(bound, (*input_shapes, *output_shapes), strict=True):
         for dim, size in zip(pattern, shape, strict=True):
-            expected = sum(known[name] for name in dim.names) if dim.joined else _product([known[name] for name in dim.names])
+            expected = (
+                sum(known[name] for name in dim.names) if dim.joined else _product([known[name] for name in dim.names])
+            )
             if size not in (1, expected) and sympy.simplify(sympy.sympify(size) - expected) != 0:
                 raise ValueError(f"annotation {annotation!r}: dim {dim.names} is {size}, expected {expected}")
-    return Binding(tuple(bound[: counts[0]]), tuple(bound[counts[0] :]), known, frozenset(whole), input_shapes, output_shapes)
+    return Binding(
+        tuple(bound[: counts[0]]), tuple(bound[counts[0] :]), known, frozenset(whole), input_shapes, output_shapes
+    )
 
 
 def factor(source: Sequence[Size], target: Sequence[Size]) -> tuple[str, tuple[tuple[str, Size], ...]]:
-    """The annotation of a reshape from `source` to `target` by matching factors from the left, and the size of each name.
+    """The annotation of a reshape from `source` to `target` by matching factors from the left, and the size of each
+    name.
 
     factor((B, T, 768), (B, T, 12, 64)) is "a b (c d) -> a b c d". Dims that share no factor stay whole.
     """
@@ -246,7 +267,9 @@ def factor(source: Sequence[Size], target: Sequence[Size]) -> tuple[str, tuple[t
         kept -= broken
 
     def side_text(side: list[list[str]], count: int, whole: str) -> str:
-        return " ".join(_group(names) if k < count and kept.issuperset(names) else f"[{whole}{k}]" for k, names in enumerate(side))
+        return " ".join(
+            _group(names) if k < count and kept.issuperset(names) else f"[{whole}{k}]" for k, names in enumerate(side)
+        )
 
     text = f"{side_text(left, consumed[0], 'x')} -> {side_text(right, consumed[1], 'y')}"
     return text, tuple((name, size) for name, size in sizes if name in kept)

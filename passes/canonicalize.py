@@ -20,7 +20,7 @@ from torch import fx
 from passes.canonical_import import Imports, import_graph
 from passes.canonical_inplace import functionalise
 from passes.canonical_masks import fold_causal_masks
-from passes.canonical_rewrite import Builder, argument, op_name, rewrite, shape_of
+from passes.canonical_rewrite import Builder, argument, is_random, op_name, rewrite, shape_of
 from passes.ir import TensorType, is_trainable, origin, tensor_type
 
 aten = torch.ops.aten
@@ -65,6 +65,8 @@ def _identity(node: fx.Node) -> bool:
         return not any(value is not None for key, value in node.kwargs.items() if key in ("device", "memory_format"))
     if name == "detach":
         return not is_trainable(source)
+    if name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
+        return not is_random(node)
     if name == "clone":
         return node.kwargs.get("memory_format") is None
     if name == "contiguous":

@@ -10,7 +10,8 @@ from passes.patterns import Call, Pattern, all_whole, dim_names, elementwise
 
 NONE, MEAN, SUM = 0, 1, 2  # ATen's loss reductions
 
-# ---- contractions -----------------------------------------------------------------------------------------------------------
+# ---- contractions
+# -----------------------------------------------------------------------------------------------------------
 
 
 def _ones(names: str, shape: Sequence[Size]) -> str:
@@ -89,7 +90,8 @@ def convolution(call: Call) -> str:
     return f"{rows} {before} {space}, {after} {inner} {kernel}{bias} -> {rows} {after} {out}"
 
 
-# ---- losses -----------------------------------------------------------------------------------------------------------------
+# ---- losses
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def loss(at: int = 2) -> Pattern:

@@ -29,7 +29,7 @@ from passes.ir import calls, is_state, is_trainable, origin, output_types, tenso
 from passes.localize import sharding
 from passes.placement import Placement, local_type
 from passes.reshard import Reshard, collective_seconds
-from passes.shard import depends_on_parameters, value_of
+from passes.shard import computed_once, value_of
 
 NEVER = 10**30  # bytes: no cut here
 Held = Mapping[str, tuple[int, ...]]  # parameter name -> the stages that hold it
@@ -143,7 +143,7 @@ class _Line:
     def __init__(self, module: fx.GraphModule, pricing: Pricing, axis_sizes: Mapping[str, int]) -> None:
         graph = module.graph
         self.pricing, self.axis_sizes = pricing, axis_sizes
-        self.parametric = depends_on_parameters(graph)
+        self.parametric = computed_once(graph)
         self.nodes = [node for node in calls(graph) if node in self.parametric and output_types(node) or node.target is operator.getitem and node in self.parametric]
         self.position = {node: k for k, node in enumerate(self.nodes)}
         saved: set[object] = set()

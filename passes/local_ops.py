@@ -1,4 +1,5 @@
-"""Ops that need more than their shard: what one rank computes when the vocabulary of an embedding or of a cross entropy is split, or
+"""Ops that need more than their shard: what one rank computes when the vocabulary of an embedding or of a cross
+entropy is split, or
 the channels of a batch norm.
 
 Each is the `local=` rewrite of one rule. They talk to an `Axis` and are called by emitted programs.
@@ -18,7 +19,8 @@ from passes.reshard import Axis
 def sharded_embedding(
     weight: torch.Tensor, indices: torch.Tensor, axis: Axis, *, padding_idx: int = -1
 ) -> torch.Tensor:
-    """Rows of a table whose dim 0 is split over `axis`: this rank's summand of the result, zero where another rank has the row.
+    """Rows of a table whose dim 0 is split over `axis`: this rank's summand of the result, zero where another rank
+    has the row.
 
     `padding_idx` is the row of the whole table that gets no gradient (-1: none).
     """
@@ -39,9 +41,11 @@ def sharded_embedding(
 
 def sharded_batch_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None, running_var: torch.Tensor | None, axis: Axis, *, training: bool, momentum: float, eps: float,
+    running_mean: torch.Tensor | None, running_var: torch.Tensor | None, axis: Axis,
+    *, training: bool, momentum: float, eps: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Batch norm of this rank's channels. The running statistics are whole on every rank and are kept so: what a rank has learnt of its
+    """Batch norm of this rank's channels. The running statistics are whole on every rank and are kept so: what a rank
+    has learnt of its
     channels is told to the others (one all_gather of both).
     """
     if running_mean is None or running_var is None:
@@ -114,7 +118,8 @@ def sharded_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Cross entropy of logits whose class dim is split over `axis`, without ever gathering them; the same result on every rank.
+    """Cross entropy of logits whose class dim is split over `axis`, without ever gathering them; the same result on
+    every rank.
 
     logits f[N, C/axis, ...], target i64[N, ...]. Two all_reduces of [N] values: the largest logit, then the sums.
     `reduction` is ATen's: 0 none, 1 mean over the targets that are not ignored, 2 sum.

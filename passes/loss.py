@@ -18,11 +18,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from passes.ir import TensorType, origin, size_expr, tensor_type
-from passes.shard import depends_on_parameters
+from passes.rows import where_rows_meet
+from passes.shard import computed_once
 
 aten = torch.ops.aten
 
@@ -50,6 +52,7 @@ class WeightedLoss:
     weights: fx.GraphModule | None
     num_shares: int
     notes: tuple[str, ...] = field(default=())
+    meeting: tuple[str, ...] = field(default=())  # where rows of the batch meet before the loss adds them up: more than one microbatch is inexact
 
 
 @dataclass
@@ -72,6 +75,7 @@ def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
     walk = _Walk(graph)
     walk.visit(copies[loss])
     copies[loss].meta["loss"] = True
+    meeting = dict.fromkeys(str(origin(node)) or str(node.target) for node in where_rows_meet(walk.ends, walk.weighed))
     shares = [_insert_share(graph, term.node, index) for index, term in enumerate(walk.terms)]
     if any(term.node is copies[loss] for term in walk.terms):
         copies[loss].meta.pop("loss")
@@ -79,7 +83,7 @@ def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
     weights = _weights_module(copied, walk.terms) if walk.terms else None
     graph.lint()
     copied.recompile()
-    return WeightedLoss(copied, weights, len(shares), tuple(walk.notes))
+    return WeightedLoss(copied, weights, len(shares), tuple(walk.notes), tuple(meeting))
 
 
 def _insert_share(graph: fx.Graph, term: fx.Node, index: int) -> fx.Node:
@@ -101,15 +105,18 @@ class _Walk:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.parametric = depends_on_parameters(graph)
+        self.parametric = computed_once(graph)
         self.terms: list[_Term] = []
         self.notes: list[str] = []
+        self.weighed: set[fx.Node] = set()  # from the loss to what its terms add up or average
+        self.ends: list[fx.Node] = []  # what the terms are computed from, without what they are divided by
         self.data: set[fx.Node] = set()
         for node in graph.nodes:
             if node.op == "placeholder" or any(n in self.data for n in node.all_input_nodes):
                 self.data.add(node)
 
     def visit(self, node: fx.Node) -> None:
+        self.weighed.add(node)
         tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
         if node.target in _PASS_THROUGH and not self._reshapes_rows(node):
             return self.visit(tensors[0])
@@ -128,6 +135,7 @@ class _Walk:
                 return None
         if self._adds_up(node):
             return None
+        self.ends.append(node)
         self.terms.append(_Term(node, self._weight(node)))
         return None
 
@@ -138,6 +146,13 @@ class _Walk:
 
     def _adds_up(self, node: fx.Node) -> bool:
         """True if the term's sum over microbatches is the batch's term."""
+        found = self._is_sum(node)
+        if found:
+            self.weighed.add(node)
+            self.ends.append(node)
+        return found
+
+    def _is_sum(self, node: fx.Node) -> bool:
         if node.target in _PASS_THROUGH and isinstance(node.args[0], fx.Node) and not self._reshapes_rows(node):
             return self._adds_up(node.args[0])
         if node.target in _SCALINGS:
@@ -160,8 +175,9 @@ class _Walk:
             if target not in self.parametric and kind is not None and not kind.is_floating:
                 return lambda graph, copies: _count_labels(graph, copies[node], copies[target])
             if target in self.parametric:
-                self.notes.append(f"{origin(node)}: the labels depend on parameters; the term is averaged by rows")
+                self.notes.append(f"{origin(node)}: the labels depend on parameters or random numbers; the term is averaged by rows")
         elif node.target not in _REDUCED and node.target not in (aten.mean.default, aten.mean.dim):
+            self.weighed.discard(node)
             self.notes.append(
                 f"{origin(node) or node.target}: not known to be a sum or a mean over the batch; microbatches are averaged by rows"
             )
@@ -200,7 +216,9 @@ def _rows(graph: fx.Graph) -> fx.Node:
     for node in graph.nodes:
         if node.op == "placeholder" and size_expr(node) is not None and node.name == "B":
             return node
-    return graph.call_function(int, (1,))
+    one = graph.call_function(int, (1,))
+    one.meta = {"size": sympy.Integer(1)}
+    return one
 
 
 def _weights_module(module: fx.GraphModule, terms: list[_Term]) -> fx.GraphModule:

@@ -78,7 +78,8 @@ def _dims(given: Any, rank: int) -> set[int]:
     return {dim % rank if rank else 0 for dim in ((given,) if isinstance(given, int) else given)}
 
 
-# ---- every dim alike, or none -----------------------------------------------------------------------------------------
+# ---- every dim alike, or none
+# -----------------------------------------------------------------------------------------
 
 
 def elementwise(call: Call) -> str:
@@ -106,7 +107,8 @@ def per_channel(call: Call) -> str:
     return f"{' '.join(names)}, {second} -> {' '.join(names)}"
 
 
-# ---- views ------------------------------------------------------------------------------------------------------------
+# ---- views
+# ------------------------------------------------------------------------------------------------------------
 
 
 def reshape(call: Call) -> Text:
@@ -115,7 +117,8 @@ def reshape(call: Call) -> Text:
 
 
 def squeeze(call: Call) -> str:
-    """The dims of size 1 go. A dim that was named though it is longer must stay whole: a shard of it may be of size 1."""
+    """The dims of size 1 go. A dim that was named though it is longer must stay whole: a shard of it may be of size
+    1."""
     shape = call.inputs[0].shape
     asked = _dims(call.argument(1, "dim", None), len(shape))
     names = [f"[{name}]" if k in asked else name for k, name in enumerate(dim_names(len(shape)))]
@@ -204,7 +207,8 @@ def stack(call: Call) -> str:
     return f"{', '.join([' '.join(names)] * len(call.inputs))} -> {' '.join([*names[:dim], '[new]', *names[dim:]])}"
 
 
-# ---- some dims whole -----------------------------------------------------------------------------------------------------
+# ---- some dims whole
+# -----------------------------------------------------------------------------------------------------
 
 
 def whole_dims(*positions: int, name: str = "dim", at: int = 1, default: Any = -1, resized: bool = False) -> Pattern:
@@ -234,7 +238,8 @@ def pad(call: Call) -> str:
     before_after = call.args[1]
     padded = {call.rank() - 1 - k // 2 for k, amount in enumerate(before_after) if amount != 0}
     names = dim_names(call.rank())
-    return f"{_bracketed(names, padded)} -> {_bracketed([f'y{k}' if k in padded else n for k, n in enumerate(names)], padded)}"
+    longer = [f"y{k}" if k in padded else name for k, name in enumerate(names)]
+    return f"{_bracketed(names, padded)} -> {_bracketed(longer, padded)}"
 
 
 def select(call: Call) -> str:
@@ -316,11 +321,13 @@ def one_hot(call: Call) -> str:
     return "... -> ... [classes]"
 
 
-# ---- reductions -----------------------------------------------------------------------------------------------------------
+# ---- reductions
+# -----------------------------------------------------------------------------------------------------------
 
 
 def reduce(at: int = 1, name: str = "dim") -> Callable[[Call], str]:
-    """The dims in the argument at position `at` are looked across and vanish (size 1 where they are kept); None or () means all."""
+    """The dims in the argument at position `at` are looked across and vanish (size 1 where they are kept); None or ()
+    means all."""
 
     def pattern(call: Call) -> str:
         rank = call.rank()
@@ -352,7 +359,8 @@ def group_norm(call: Call) -> str:
 
 
 def batch_norm(call: Call) -> str:
-    """Channels may be split. Running statistics are buffers that every rank holds whole: they have names of their own, see `local`."""
+    """Channels may be split. Running statistics are buffers that every rank holds whole: they have names of their
+    own, see `local`."""
     space = " ".join(f"[d{k}]" for k in range(2, call.rank()))
     training = call.argument(5, "training", False)
     states = [

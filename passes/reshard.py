@@ -1,9 +1,12 @@
-"""RESHARDS: how a value moves from the placement it has to the one that is wanted. One row each: the function, its gradient, its bytes.
+"""RESHARDS: how a value moves from the placement it has to the one that is wanted. One row each: the function, its
+gradient, its bytes.
 
-The functions are what emitted programs call. They talk to an `Axis`, a mesh axis as one rank sees it; the runtime implements it over
+The functions are what emitted programs call. They talk to an `Axis`, a mesh axis as one rank sees it; the runtime
+implements it over
 torch.distributed, so this package stays free of process groups.
 
-There is no row that makes a `Partial` out of a whole value: it would only postpone an all_reduce, and move roundings about.
+There is no row that makes a `Partial` out of a whole value: it would only postpone an all_reduce, and move roundings
+about.
 """
 
 from __future__ import annotations
@@ -82,7 +85,9 @@ class _AllReduce(torch.autograd.Function):
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: Axis, dim: int, segments: Segments, partial_gradient: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, axis: Axis, dim: int, segments: Segments, partial_gradient: bool
+    ) -> torch.Tensor:
         ctx.rest, ctx.partial_gradient = (axis, dim, segments), partial_gradient
         return _gather(x, axis, dim, segments)
 
@@ -105,7 +110,9 @@ class _ReduceScatter(torch.autograd.Function):
 
 class _TakeShard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: Axis, dim: int, segments: Segments, partial_gradient: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, axis: Axis, dim: int, segments: Segments, partial_gradient: bool
+    ) -> torch.Tensor:
         ctx.rest, ctx.partial_gradient = (axis, dim, segments), partial_gradient
         return _mine(x, axis, dim, segments)
 
@@ -148,12 +155,16 @@ def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def all_reduce(x: torch.Tensor, axis: Axis, *, partial_gradient: bool = False) -> torch.Tensor:
-    """The sum over the axis; its gradient passes as it is (all-reduced too if partial). Partial -> Replicate (Copied)."""
+    """The sum over the axis; its gradient passes as it is (all-reduced too if partial). Partial -> Replicate
+    (Copied)."""
     return _AllReduce.apply(x, axis, partial_gradient)
 
 
-def all_gather(x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, partial_gradient: bool = False) -> torch.Tensor:
-    """The whole value from its shards; the gradient is sliced (reduce-scattered if partial). Shard -> Replicate (Copied)."""
+def all_gather(
+    x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, partial_gradient: bool = False
+) -> torch.Tensor:
+    """The whole value from its shards; the gradient is sliced (reduce-scattered if partial). Shard -> Replicate
+    (Copied)."""
     return _AllGather.apply(x, axis, dim, segments, partial_gradient)
 
 
@@ -162,13 +173,17 @@ def reduce_scatter(x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments 
     return _ReduceScatter.apply(x, axis, dim, segments)
 
 
-def take_shard(x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, partial_gradient: bool = False) -> torch.Tensor:
-    """This rank's shard of a whole value; the gradient is gathered (left in its place among zeros if partial). Replicate (Copied) -> Shard."""
+def take_shard(
+    x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, partial_gradient: bool = False
+) -> torch.Tensor:
+    """This rank's shard of a whole value; the gradient is gathered (left in its place among zeros if partial).
+    Replicate (Copied) -> Shard."""
     return _TakeShard.apply(x, axis, dim, segments, partial_gradient)
 
 
 def all_to_all(x: torch.Tensor, axis: Axis, *, have: tuple[int, Segments], want: tuple[int, Segments]) -> torch.Tensor:
-    """A value split along one dim, split along another; `have` and `want` are (dim, segments). The gradient goes back the same way."""
+    """A value split along one dim, split along another; `have` and `want` are (dim, segments). The gradient goes back
+    the same way."""
     return _AllToAll.apply(x, axis, Shard(*have), Shard(*want))
 
 
@@ -181,8 +196,10 @@ def own_gradient(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 class Reshard:
     """One row: from `have` to `want` by `function`; which collective runs forward and which in backward ("" for none).
 
-    `regroups`: splits a whole value or a sum, or gathers a split one, outside of what a matmul does by itself. That is how activations
-    between the matmuls get split (sequence parallelism and its kin over features); it is only used where a plan asks for it.
+    `regroups`: splits a whole value or a sum, or gathers a split one, outside of what a matmul does by itself. That
+    is how activations
+    between the matmuls get split (sequence parallelism and its kin over features); it is only used where a plan asks
+    for it.
     """
 
     have: type
@@ -205,15 +222,21 @@ RESHARDS: tuple[Reshard, ...] = (
     Reshard(Copied, Replicate, own_gradient, lambda have, want: {}, "", ""),
     Reshard(Partial, Replicate, all_reduce, lambda have, want: {}, "all_reduce", ""),
     Reshard(Partial, Copied, all_reduce, lambda have, want: _PARTIAL_GRADIENT, "all_reduce", "all_reduce"),
-    Reshard(Partial, Shard, reduce_scatter, lambda have, want: _shard_of(want), "reduce_scatter", "all_gather", regroups=True),
+    Reshard(
+        Partial, Shard, reduce_scatter, lambda have, want: _shard_of(want), "reduce_scatter", "all_gather",
+        regroups=True,
+    ),
     Reshard(Shard, Replicate, all_gather, lambda have, want: _shard_of(have), "all_gather", "", regroups=True),
-    Reshard(Shard, Copied, all_gather, lambda have, want: _shard_of(have) | _PARTIAL_GRADIENT, "all_gather", "reduce_scatter", regroups=True),
+    Reshard(
+        Shard, Copied, all_gather, lambda have, want: _shard_of(have) | _PARTIAL_GRADIENT,
+        "all_gather", "reduce_scatter", regroups=True,
+    ),
     Reshard(Replicate, Shard, take_shard, lambda have, want: _shard_of(want), "", "all_gather", regroups=True),
     Reshard(Copied, Shard, take_shard, lambda have, want: _shard_of(want) | _PARTIAL_GRADIENT, "", "", regroups=True),
     Reshard(
         Shard, Shard, all_to_all,
-        lambda have, want: {"have": (have.dim, have.segments), "want": (want.dim, want.segments)}, "all_to_all", "all_to_all",
-        regroups=True,
+        lambda have, want: {"have": (have.dim, have.segments), "want": (want.dim, want.segments)},
+        "all_to_all", "all_to_all", regroups=True,
     ),
 )  # fmt: skip
 
@@ -227,7 +250,8 @@ _SECONDS = {
 
 
 def find_reshard(have: Placement, want: Placement) -> Reshard | None:
-    """The row that leads from `have` to `want`; None if there is none. Other blocks of the same dim cannot be exchanged."""
+    """The row that leads from `have` to `want`; None if there is none. Other blocks of the same dim cannot be
+    exchanged."""
     if isinstance(have, Shard) and isinstance(want, Shard) and have.dim == want.dim:
         return None
     return _BY_KINDS.get((type(have), type(want)))
@@ -239,16 +263,27 @@ def collective_seconds(collective: str, *, num_bytes: float, axis_size: int, lin
 
 
 def reshard_seconds(
-    have: Placement, want: Placement, *, num_bytes: float, axis_size: int, hardware: Hardware, link: Link, trainable: bool,
+    have: Placement,
+    want: Placement,
+    *,
+    num_bytes: float,
+    axis_size: int,
+    hardware: Hardware,
+    link: Link,
+    trainable: bool,
     regroup: bool = True,
 ) -> float:
-    """Forward plus backward seconds of moving a value of `num_bytes` (whole) from `have` to `want`; inf if there is no way.
+    """Forward plus backward seconds of moving a value of `num_bytes` (whole) from `have` to `want`; inf if there is
+    no way.
     `regroup=False` leaves out the rows that split or gather activations between the matmuls.
 
-    Beside the collective itself, pieces that are not contiguous in memory (any dim but the first, fused dims) cost one read and one
+    Beside the collective itself, pieces that are not contiguous in memory (any dim but the first, fused dims) cost
+    one read and one
     write of the whole value where they are put together or taken apart.
     """
-    if have == want or (not trainable and isinstance(have, (Replicate, Copied)) and isinstance(want, (Replicate, Copied))):
+    if have == want or (
+        not trainable and isinstance(have, (Replicate, Copied)) and isinstance(want, (Replicate, Copied))
+    ):
         return 0.0
     row = find_reshard(have, want)
     if row is None or (row.regroups and trainable and not regroup):

@@ -1,14 +1,17 @@
 """RULES: how each ATen op may be split over a mesh axis. One row an op, in the notation of `passes.annotation`.
 
-A row gives an annotation; splitting one of its names is one legal way to run the op: arguments that have the name are split,
-the others are whole with a partial gradient, results that lack it are partial sums. On top of that every op may run whole
+A row gives an annotation; splitting one of its names is one legal way to run the op: arguments that have the name are
+split,
+the others are whole with a partial gradient, results that lack it are partial sums. On top of that every op may run
+whole
 (all `Replicate`, or all `Copied`), and ops marked `linear` pass partial sums on:
 
 - "sum":   all arguments partial -> result partial (add, views, casts)
 - "first": the first partial, the others whole -> partial (division)
 - "each":  any one partial, the others whole -> partial (multiplication, matmul)
 
-`local` names what one rank computes instead where its shard alone is not enough (a split vocabulary). An op without a row stays
+`local` names what one rank computes instead where its shard alone is not enough (a split vocabulary). An op without a
+row stays
 whole; `register` adds a row from user code.
 """
 
@@ -40,9 +43,11 @@ Rewrite = Callable[[fx.Node], tuple[Callable[..., Any], tuple[Any, ...], dict[st
 
 @dataclass(frozen=True)
 class Local:
-    """What a rank computes when a name is split: `rewrite(node)` gives function, args and kwargs; "axis" stands for the axis.
+    """What a rank computes when a name is split: `rewrite(node)` gives function, args and kwargs; "axis" stands for
+    the axis.
 
-    `output` is the placement of the result; `all_reduces` counts the all_reduces of one value per row that it does itself.
+    `output` is the placement of the result; `all_reduces` counts the all_reduces of one value per row that it does
+    itself.
     """
 
     rewrite: Rewrite
@@ -52,7 +57,8 @@ class Local:
 
 @dataclass(frozen=True)
 class OpRule:
-    """One row. `sizes` is the position of the argument that spells the result's shape (views) or the split sizes ("split")."""
+    """One row. `sizes` is the position of the argument that spells the result's shape (views) or the split sizes
+    ("split")."""
 
     op: Op
     annotation: Annotation
@@ -71,7 +77,8 @@ class OpRule:
 
 @dataclass(frozen=True)
 class Strategy:
-    """One legal way to run a call on an axis: a placement for every tensor argument and result; `split` is the split name."""
+    """One legal way to run a call on an axis: a placement for every tensor argument and result; `split` is the split
+    name."""
 
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement, ...]
@@ -108,7 +115,8 @@ def _rewrite_cross_entropy(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any
     return sharded_cross_entropy, (*node.args[:2], "axis"), kwargs
 
 
-# ---- the table --------------------------------------------------------------------------------------------------------
+# ---- the table
+# --------------------------------------------------------------------------------------------------------
 
 _UNARY = (
     "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bitwise_not", "ceil", "celu", "clamp", "clamp_max",
@@ -303,7 +311,8 @@ def register(op: Op, annotation: Annotation, *, linear: str = "") -> None:
     RULES[op] = OpRule(op, annotation, linear=linear)
 
 
-# ---- from rows to strategies --------------------------------------------------------------------------------------------
+# ---- from rows to strategies
+# --------------------------------------------------------------------------------------------
 
 
 def _linear_strategies(kind: str, call: Call, differentiable: Sequence[bool]) -> list[Strategy]:
@@ -329,7 +338,8 @@ def strategies(
 ) -> list[Strategy]:  # fmt: skip
     """Every legal way to run `call` over an axis of `axis_size` ranks, the whole one first.
 
-    `differentiable[i]`: a gradient flows into argument i. `cuts` gives the block structures to try for a split name, `splittable`
+    `differentiable[i]`: a gradient flows into argument i. `cuts` gives the block structures to try for a split name,
+    `splittable`
     says whether a name of that size may be split at all (batch and sequence may be reserved for other axes).
     """
     inputs, outputs = len(call.inputs), len(call.outputs)

@@ -74,6 +74,15 @@ def depends_on_parameters(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def computed_once(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes computed from parameters or from random numbers: one stage computes them. Drawing twice would give two values."""
+    found = depends_on_parameters(graph)
+    for node in graph.nodes:
+        if node.meta.get("random") or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """The result: a strategy for every call, a placement for every value, and what the objective came to."""

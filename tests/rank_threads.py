@@ -1,4 +1,5 @@
-"""Ranks of one mesh axis as threads of this process over real gloo groups, made once and shared by the tests that need collectives."""
+"""Ranks of one mesh axis as threads of this process over real gloo groups, made once and shared by the tests that
+need collectives."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _TIMEOUT_SECONDS = 30.0
 
 
 class RankThreads:
-    """`run(function)` calls function(axis) on every rank at once; the results in order of coords. The first error of a rank is raised."""
+    """`run(function)` calls function(axis) on every rank at once; the results in order of coords. The first error of
+    a rank is raised."""
 
     def __init__(self, size: int) -> None:
         self.size = size

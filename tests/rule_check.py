@@ -1,6 +1,8 @@
-"""The proof of a row of RULES: run one call in every legal way, shard by shard, and compare with the whole op, forward and gradient.
+"""The proof of a row of RULES: run one call in every legal way, shard by shard, and compare with the whole op,
+forward and gradient.
 
-Every strategy goes through the localize pass as in a real plan. Arguments are cut from whole random tensors as their placements say,
+Every strategy goes through the localize pass as in a real plan. Arguments are cut from whole random tensors as their
+placements say,
 results and gradients are put together by the meaning of theirs (the table in passes/placement.py), all in float64.
 """
 
@@ -27,7 +29,8 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Spec:
-    """A random tensor argument. kind: "normal", "unit" (in 0.1..0.9), "above" (1), "buffer" (no gradient), "below" (ints below `high`), "flags"."""
+    """A random tensor argument. kind: "normal", "unit" (in 0.1..0.9), "above" (1), "buffer" (no gradient), "below"
+    (ints below `high`), "flags"."""
 
     shape: tuple[int, ...]
     kind: str = "normal"
@@ -166,7 +169,8 @@ class Case:
 
     def strategies(self, rule: OpRule, axis_size: int) -> list[Strategy]:
         return strategies(
-            rule, self.call, axis_size=axis_size, differentiable=self.differentiable, result_differentiable=self.trainable,
+            rule, self.call, axis_size=axis_size, differentiable=self.differentiable,
+            result_differentiable=self.trainable,
             cuts=lambda binding, group: _cuts(binding, group, axis_size), splittable=lambda size: True,
         )  # fmt: skip
 
@@ -187,7 +191,8 @@ class Case:
         """AssertionError unless the strategy computes what the whole op does."""
         plan = ShardPlan(
             "tp", axis_size, {self.node: strategy},
-            {(node, 0): p for node, p in zip(self.holders, strategy.inputs, strict=True)} | {(self.node, k): p for k, p in enumerate(strategy.outputs)},
+            {(node, 0): p for node, p in zip(self.holders, strategy.inputs, strict=True)}
+            | {(self.node, k): p for k, p in enumerate(strategy.outputs)},
             0.0,
         )  # fmt: skip
         graph = localize(self.module, plan).graph
@@ -286,7 +291,8 @@ def _cuts(binding: Binding, group: tuple[str, ...], axis_size: int) -> list[Cut]
 
 
 def check(rule: OpRule, example: Example, axis_size: int) -> set[tuple[str, ...]]:
-    """Every strategy of the row for one example; the names that were split. AssertionError names the first strategy that is wrong.
+    """Every strategy of the row for one example; the names that were split. AssertionError names the first strategy
+    that is wrong.
 
     Also if a name whose size is a multiple of `axis_size` was not split at all.
     """

@@ -81,7 +81,7 @@ def test_programs_do_not_tell_where_the_checkout_is(tmp_path):
 
 
 def test_training_without_the_model(tmp_path):
-    """Real torchrun, from a checkpoint, where the model cannot be imported: the untouched model's losses, and weights."""
+    """Real torchrun, from a checkpoint, where the model cannot be imported: the losses of the untouched model."""
     torch.manual_seed(0)
     model = GPT(vocab=256, dim=64, layers=4)
     with torch.no_grad():

@@ -20,7 +20,8 @@ from passes.rules import RULES, OpRule, register
 aten = torch.ops.aten
 F64 = torch.float64
 
-# ---- examples: op -> calls ------------------------------------------------------------------------------------------------
+# ---- examples: op -> calls
+# ------------------------------------------------------------------------------------------------
 
 _POSITIVE = {
     "log",
@@ -293,7 +294,8 @@ def test_every_strategy_of_every_row_equals_the_whole_op(row):
     ), f"no example of {row.op} can be split: give it dims of 6 or 12"
 
 
-# ---- rows that are wrong -----------------------------------------------------------------------------------------------------
+# ---- rows that are wrong
+# -----------------------------------------------------------------------------------------------------
 
 
 def _transposed_wrongly(call: Any) -> str:

@@ -35,7 +35,8 @@ aten = torch.ops.aten
 INF = float("inf")
 
 
-# ---- elimination ------------------------------------------------------------------------------------------------------------
+# ---- elimination
+# ------------------------------------------------------------------------------------------------------------
 
 
 def brute_force(domains: list[int], factors: list[tuple[tuple[int, ...], torch.Tensor]]) -> float:
@@ -83,7 +84,8 @@ def test_elimination_refuses_what_is_too_wide():
         minimise([10] * 12, pairs)
 
 
-# ---- the whole objective -----------------------------------------------------------------------------------------------------
+# ---- the whole objective
+# -----------------------------------------------------------------------------------------------------
 
 
 TOKENS = 90  # what T stands for
@@ -180,9 +182,11 @@ class Net:
 def objective_of_the_best(
     net: Net, pricing: Pricing, axis_size: int, microbatches: int, in_flight: int, by_tokens: bool, limit: int
 ) -> float | None:
-    """The least objective over all assignments, each term as the module docstring of passes/shard.py has it; None if there are too many.
+    """The least objective over all assignments, each term as the module docstring of passes/shard.py has it; None if
+    there are too many.
 
-    Nothing of the pass's own tables: the domains come from the rules, and a value's reshards are counted as a set of wants.
+    Nothing of the pass's own tables: the domains come from the rules, and a value's reshards are counted as a set of
+    wants.
     """
 
     def is_tokens(size: Size) -> bool:
@@ -204,8 +208,15 @@ def objective_of_the_best(
     domains: dict[fx.Node, list[Any]] = {}
     for n in nodes:
         flags = tuple(is_trainable(a) for a in tensor_inputs(n))
-        found = strategies(RULES[n.target], call_of(n), axis_size=axis_size, differentiable=flags, result_differentiable=is_trainable(n),
-                           cuts=cuts.for_call(n), splittable=lambda size: isinstance(size, int) or is_tokens(size))  # fmt: skip
+        found = strategies(
+            RULES[n.target],
+            call_of(n),
+            axis_size=axis_size,
+            differentiable=flags,
+            result_differentiable=is_trainable(n),
+            cuts=cuts.for_call(n),
+            splittable=lambda size: isinstance(size, int) or is_tokens(size),
+        )
         domains[n] = list(dict.fromkeys(found))
     users: dict[fx.Node, list[fx.Node]] = {}
     for n in calls(graph):
@@ -326,7 +337,8 @@ def test_shard_equals_brute_force(block):
         if expected is None:
             continue
         plan = shard(
-            net.module, axis="tp", axis_size=axis_size, pricing=pricing, microbatches=microbatches, in_flight=in_flight, loss=net.loss,
+            net.module, axis="tp", axis_size=axis_size, pricing=pricing, microbatches=microbatches,
+            in_flight=in_flight, loss=net.loss,
             sequence_parallel="auto" if symbolic else False,
         )  # fmt: skip
         assert plan.objective_seconds == pytest.approx(expected, rel=1e-7), seed  # ties are broken in the last digits
@@ -337,26 +349,47 @@ def test_shard_equals_brute_force(block):
     assert compared == 50 and split > 10, (compared, split)
 
 
-# ---- what it finds on transformers ----------------------------------------------------------------------------------------------
+# ---- what it finds on transformers
+# ----------------------------------------------------------------------------------------------
 
 SIZES = {"vocab": 256, "dim": 128, "heads": 8, "context": 64}
 TEXT = {"rows": 8, "tokens": 64, "vocab": 256}
 LAYERS = 2
 # parameter name ending -> notation at tp
 OWN = {
-    "wte.weight": "256/tp 128", "attn.qkv.weight": "(3 8/tp 16) 128", "attn.qkv.bias": "(3 8/tp 16)", "attn.out.weight": "128 128/tp",
-    "attn.out.bias": "128", "up.weight": "512/tp 128", "up.bias": "512/tp", "down.weight": "128 512/tp", "down.bias": "128", "ln1.weight": "128",
-}  # fmt: skip
+    "wte.weight": "256/tp 128",
+    "attn.qkv.weight": "(3 8/tp 16) 128",
+    "attn.qkv.bias": "(3 8/tp 16)",
+    "attn.out.weight": "128 128/tp",
+    "attn.out.bias": "128",
+    "up.weight": "512/tp 128",
+    "up.bias": "512/tp",
+    "down.weight": "128 512/tp",
+    "down.bias": "128",
+    "ln1.weight": "128",
+}
 UNTIED = {**OWN, "head.weight": "256/tp 128"}
 GPT2 = {
-    "wte.weight": "256/tp 128", "c_attn.weight": "128 (3 8/tp 16)", "c_attn.bias": "(3 8/tp 16)", "attn.c_proj.weight": "128/tp 128",
-    "c_fc.weight": "128 512/tp", "mlp.c_proj.weight": "512/tp 128", "mlp.c_proj.bias": "128",
-}  # fmt: skip
+    "wte.weight": "256/tp 128",
+    "c_attn.weight": "128 (3 8/tp 16)",
+    "c_attn.bias": "(3 8/tp 16)",
+    "attn.c_proj.weight": "128/tp 128",
+    "c_fc.weight": "128 512/tp",
+    "mlp.c_proj.weight": "512/tp 128",
+    "mlp.c_proj.bias": "128",
+}
 LLAMA = {
-    "embed_tokens.weight": "256/tp 128", "q_proj.weight": "128/tp 128", "k_proj.weight": "64/tp 128", "v_proj.weight": "64/tp 128",
-    "o_proj.weight": "128 128/tp", "gate_proj.weight": "384/tp 128", "up_proj.weight": "384/tp 128", "down_proj.weight": "128 384/tp",
-    "lm_head.weight": "256/tp 128", "layernorm.weight": "128",
-}  # fmt: skip
+    "embed_tokens.weight": "256/tp 128",
+    "q_proj.weight": "128/tp 128",
+    "k_proj.weight": "64/tp 128",
+    "v_proj.weight": "64/tp 128",
+    "o_proj.weight": "128 128/tp",
+    "gate_proj.weight": "384/tp 128",
+    "up_proj.weight": "384/tp 128",
+    "down_proj.weight": "128 384/tp",
+    "lm_head.weight": "256/tp 128",
+    "layernorm.weight": "128",
+}
 
 
 def llama(**changes: Any) -> nn.Module:
@@ -406,7 +439,8 @@ def check_split(model: Traced, expected: dict[str, str], tp: int, device: str) -
     for ending, text in expected.items():
         found = {name: place for name, place in placements.items() if name.endswith(ending)}
         assert found and set(found.values()) == {text}, (ending, found)
-    # one sum forward and one backward for each attention, each MLP, and the vocabulary at either end; nothing is gathered
+    # one sum forward and one backward for each attention, each MLP, and the vocabulary at either end; nothing is
+    # gathered
     assert reshards(nodes) == {"all_reduce": 2 * LAYERS + 1, "copy_to": 2 * LAYERS + 1}
     local = [n.target for n in nodes if n.target in (sharded_embedding, sharded_cross_entropy)]
     assert sharded_embedding in local and local.count(sharded_cross_entropy) == 1

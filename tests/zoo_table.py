@@ -17,6 +17,7 @@ from tabulate import tabulate
 from zoo import LAYOUTS, ZOO
 
 import autopar
+from autopar.verify import Report
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Row:
     model: str
     tp: int
     pp: int
-    report: autopar.verify.Report  # type: ignore[name-defined]
+    report: Report
 
     def cells(self) -> tuple[str, ...]:
         """What the table shows."""

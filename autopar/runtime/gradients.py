@@ -61,8 +61,8 @@ class GradientSums:
 
     def finish(self) -> None:
         """Sum over the ranks, and add what was set aside."""
-        for number, name in enumerate(sorted(self._tied)):
-            self._sum_tied(name, _TIED_TAG + number)
+        for name in sorted(self._tied):  # any two stages take the names that they share in the same order, one at a time
+            self._sum_tied(name)
         if self._partial:
             self._sum_partial()
         for name, earlier in self._earlier.items():
@@ -72,7 +72,7 @@ class GradientSums:
         self._earlier.clear()
         self._kept.clear()
 
-    def _sum_tied(self, name: str, tag: int) -> None:
+    def _sum_tied(self, name: str) -> None:
         world, parameter, stages = self._world, self._parameters[name], sorted(self._tied[name], reverse=True)
         gradients = self._kept.get(name, [parameter.grad])
         mine = torch.stack([torch.zeros_like(parameter) if gradient is None else gradient for gradient in gradients])
@@ -80,8 +80,8 @@ class GradientSums:
         del gradients
         parts = {stage: mine if stage == world.stage else torch.empty_like(mine) for stage in stages}
         others = [stage for stage in stages if stage != world.stage]
-        works = [(world.recv(parts[stage], stage, tag), stage) for stage in others]
-        works += [(world.send(mine, stage, tag), stage) for stage in others]
+        works = [(world.recv(parts[stage], stage, _TIED_TAG), stage) for stage in others]
+        works += [(world.send(mine, stage, _TIED_TAG), stage) for stage in others]
         for work, stage in works:
             world.wait(work, stage)
         # one microbatch after the other onto what was there, unless that has still to wait for the sum over tp

@@ -271,7 +271,7 @@ def emit_program(plan: Plan, rank: int) -> str:
     text = re.sub(r"#.*", "", "\n".join((class_text, weights_text)))
     parts = [
         f'"""Rank {rank} of {plan.num_ranks}: pipeline stage {coords["pp"]} of {plan.mesh["pp"]}{shard}. '
-        f'Emitted by autopar from {plan.model} (plan {plan.identity}).\n"""',
+        f'Emitted by autopar from {plan.model} (plan {plan.identity})."""',
         "\n".join(
             [
                 *(["import math"] if "math." in text else []),

@@ -9,12 +9,15 @@ filter of recorded stacks.
 
 from __future__ import annotations
 
+import io
 import linecache
+import logging
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -71,7 +74,7 @@ def export(
             for index, tensor in enumerate(rows)
         )
         try:
-            with _left_as_it_was(model), _no_custom_functions(), _whole_user_stacks(), torch.enable_grad():
+            with _left_as_it_was(model), _no_custom_functions(), _whole_user_stacks(), _quiet(), torch.enable_grad():
                 flat = _Flat(model, run)
                 return torch.export.export(flat, tuple(rows), dynamic_shapes={"tensors": shapes}, strict=False), chosen
         except CaptureError:
@@ -136,7 +139,10 @@ def _no_custom_functions() -> Iterator[None]:
 @contextmanager
 def _whole_user_stacks() -> Iterator[None]:
     """Record every user frame below forward with each op; export keeps only functions that are named forward."""
-    original = torch.fx.proxy.TracerBase._filter_traceback_frames
+    original = getattr(torch.fx.proxy.TracerBase, "_filter_traceback_frames", None)
+    if original is None:  # a torch that filters elsewhere: names then come from the forward functions alone
+        yield
+        return
 
     def user_frames(tracer: torch.fx.proxy.TracerBase, summary: traceback.StackSummary) -> traceback.StackSummary:
         return traceback.StackSummary.from_list(_below_forward(summary))
@@ -148,6 +154,22 @@ def _whole_user_stacks() -> Iterator[None]:
             yield
     finally:
         torch.fx.proxy.TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the graph that torch prints when it gives up, and its warnings, off the terminal: the error says what is wrong.
+
+    What the model itself prints is shown if the export works.
+    """
+    before, printed = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(printed):
+            yield
+    finally:
+        logging.disable(before)
+    sys.stderr.write(printed.getvalue())
 
 
 def place(file: str, line: int) -> str:

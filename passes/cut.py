@@ -31,8 +31,10 @@ from passes.placement import Placement, local_type
 from passes.reshard import Reshard, collective_seconds
 from passes.shard import computed_once, value_of
 
+MOST_EXPLAINED = 6  # boundaries that get a note each
 NEVER = 10**30  # bytes: no cut here
 Held = Mapping[str, tuple[int, ...]]  # parameter name -> the stages that hold it
+NEAR = 0.005  # of the whole time: places this close to each other compete on bytes alone
 SLACK = 1.01  # cuts within one percent of the best maximum compete on bytes sent and evenness
 
 
@@ -225,12 +227,30 @@ def _candidates(line: _Line, least: int, most: int = 700) -> list[int]:
             found += range(start, end + 1)
         start = end + 1
     bounds = range(1, count)
+    found = _worth_it(line, found)
     if len(found) < least:
         found = [k for k in bounds if line.crossing[k] < NEVER]
     if len(found) > most:
         cheapest = sorted(found, key=lambda k: line.crossing[k])[:most]
         found = sorted(cheapest)
     return found
+
+
+def _worth_it(line: _Line, found: list[int]) -> list[int]:
+    """Without the places next to which (within NEAR of the whole time) there is one that fewer bytes cross."""
+    total = _prefix([c.forward_seconds + c.backward_seconds for c in line.costs])
+    near = NEAR * total[-1]
+    kept = []
+    for index, k in enumerate(found):
+        around = []
+        for step in (-1, 1):
+            other = index + step
+            while 0 <= other < len(found) and abs(total[found[other]] - total[k]) <= near:
+                around.append(found[other])
+                other += step
+        if not any(line.crossing[j] < line.crossing[k] for j in around):
+            kept.append(k)
+    return kept
 
 
 def cut(
@@ -322,7 +342,10 @@ def cut(
             )  # fmt: skip
         )
     boundaries = tuple(str(origin(line.first_own(place))) for place in places[1:-1])
-    notes += [_why(stage, ends, points, line, seconds) for stage in range(num_stages - 1)] if not forced else []
+    if not forced:
+        explained = min(num_stages - 1, MOST_EXPLAINED)
+        notes += [_why(stage, ends, points, line, seconds) for stage in range(explained)]
+        notes += [f"the other {num_stages - 1 - explained} boundaries likewise"] if explained < num_stages - 1 else []
     return CutPlan(stage_of, tuple(costs), boundaries, tuple(notes))
 
 
@@ -361,6 +384,13 @@ def _held_places(line: _Line, held: Held, num_stages: int) -> list[int]:
     return places
 
 
+def _bytes_text(num_bytes: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.4g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
 def _why(stage: int, ends: Sequence[int], points: Sequence[int], line: _Line, seconds: torch.Tensor) -> str:
     """Why a boundary is where it is: what moving it to the neighbouring places would do to the two stages it separates."""
     place = ends[stage + 1]
@@ -373,5 +403,5 @@ def _why(stage: int, ends: Sequence[int], points: Sequence[int], line: _Line, se
     first = line.first_own(points[place])
     label = origin(first)
     sent = line.crossing[points[place]]
-    text = f"stage {stage + 1} begins at {label.path or label.source or first.name}: {sent / 1024:.4g} KiB cross; the slower side takes {here * 1e3:.3g} ms"
+    text = f"stage {stage + 1} begins at {label.path or label.source or first.name}: {_bytes_text(sent)} cross; the slower side takes {here * 1e3:.3g} ms"
     return text + (f" ({', '.join(other)})" if other else "")

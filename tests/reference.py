@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -67,3 +68,7 @@ def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> li
         if name not in found or name not in expected or not torch.equal(found[name], expected[name])
     )
 
+
+def wide(cases: Iterable[tuple[Any, ...]], quick: Callable[..., bool]) -> list[Any]:
+    """The rows of a table; those that `quick` is false for run with the slow tests only."""
+    return [case if quick(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in cases]

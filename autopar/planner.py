@@ -18,7 +18,7 @@ from torch import fx
 from autopar.plan import Plan, Prediction, StagePlan, stage_records
 from autopar.program import FUNCTION_NAMES, Receive, Send
 from autopar.trace import Traced
-from costmodel.errors import BadArgument, DoesNotFit
+from costmodel.errors import BadArgument
 from costmodel.hardware import Hardware
 from costmodel.memory import optimizer_seconds
 from passes.costs import Pricing
@@ -37,6 +37,7 @@ from passes.shard import SequenceParallel, ShardPlan, is_call, shard
 from passes.stages import StageGraph, held_in_stages, split_stages, stage_edges
 from passes.timeline import simulate
 
+LARGE_SHARE = 0.01  # of the parameters: a weight that stays whole gets a note from here on
 TIED_EXACT_BYTES = 256 * 2**20  # keep tied gradients per microbatch (bitwise equal sums) up to this much memory a stage
 
 
@@ -128,7 +129,7 @@ def make_plan(
         stages=plans, instructions=instructions, parameter_notation=parameter_notation,
         aliases={alias: name for name, others in traced.aliases.items() for alias in others},
         collectives=_collectives(local), predicted=predicted,
-        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes), exact, tied_bytes, hardware)),
+        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes), exact, tied_bytes, hardware, parameter_notation, mesh)),
         tied_exact=exact, gradient_edges=tuple(gradient_edges),
         loss_weight_records=graph_to_json(weighted.weights.graph) if weighted.weights is not None else None,
     )  # fmt: skip
@@ -310,7 +311,7 @@ def unruled_notes(nodes: Sequence[fx.Node]) -> list[str]:
 
 def _notes(
     cuts: CutPlan, sharded: ShardPlan, stages: Sequence[StagePlan], loss_notes: Sequence[str], exact: bool, tied_bytes: int,
-    hardware: Hardware,
+    hardware: Hardware, parameters: Mapping[str, str], mesh: Mapping[str, int],
 ) -> list[str]:  # fmt: skip
     notes = list(cuts.notes)
     tied = {name: held for stage in stages for name, held in stage.tied.items()}
@@ -323,6 +324,7 @@ def _notes(
         notes.append(f"whole inside a split region, gradients summed over tp once a step: {', '.join(dict.fromkeys(summed))}")
     if sharded.axis_size > 1:
         notes += unruled_notes(sharded.without_rule)
+        notes += _whole_notes(parameters, mesh["tp"])
     notes += loss_notes
     for stage in stages:
         if stage.cost.peak_bytes > hardware.memory_bytes:
@@ -330,11 +332,16 @@ def _notes(
     return notes
 
 
-def require_fit(plan: Plan, num_ranks: int) -> None:
-    """DoesNotFit if a plan has more ranks than a process can sensibly hold as threads."""
-    if plan.num_ranks > num_ranks:
-        raise DoesNotFit(
-            f"the plan needs {plan.num_ranks} ranks, too many for threads of one process",
-            use=f"torchrun --nproc-per-node ... (a job of {plan.num_ranks} ranks), or a smaller mesh to try it here",
-        )
-
+def _whole_notes(parameters: Mapping[str, str], tp: int) -> list[str]:
+    """Which large parameters no rank holds a part of only, and what keeps them whole."""
+    shapes = {name: [int(size) for size in parse_notation(text, ("tp",))[0]] for name, text in parameters.items()}
+    total = sum(math.prod(shape) for shape in shapes.values())
+    found: dict[str, list[str]] = {}
+    for name, text in parameters.items():
+        share = math.prod(shapes[name]) / total
+        if "/tp" in text or len(shapes[name]) < 2 or share < LARGE_SHARE:
+            continue
+        uneven = [str(size) for size in shapes[name] if size % tp]
+        reason = f"tp = {tp} does not divide {' and '.join(uneven)}" if uneven else "no split of it is cheaper, or an op has no rule"
+        found.setdefault(reason, []).append(f"{name} ({share:.1%} of the parameters)")
+    return [f"whole on every rank, because {reason}: {', '.join(names)}" for reason, names in found.items()]

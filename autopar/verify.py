@@ -22,6 +22,7 @@ from autopar.plan import Plan
 from autopar.ranks import ThreadedRanks
 from autopar.runtime.batch import BatchTypes
 from costmodel.errors import BadArgument, WeightsMissing
+from passes.ir import output_types
 
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
@@ -110,8 +111,7 @@ def verify(
         if name in held:
             differences.append(_compare(name, "buffer", ranks.whole(name), buffer, 0.0))
     par.close()
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    loose = LOW_PRECISION_TOLERANCE.get(dtype)
+    loose = max((LOW_PRECISION_TOLERANCE.get(dtype, 0.0) for dtype in _computed_in(par.plan)), default=0.0)
     loss_tolerance = loss_tolerance if loss_tolerance is not None else loose or LOSS_TOLERANCE
     tolerance = tolerance if tolerance is not None else loose or GRADIENT_TOLERANCE
     off = abs(loss.item() - expected.item())
@@ -151,6 +151,12 @@ def _reference_step(par: Any, reference: nn.Module, args: tuple[Any, ...], kwarg
         for buffer, updated in zip(reference.buffers(), whole.buffers(), strict=True):
             buffer.copy_(updated)
     return loss
+
+
+def _computed_in(plan: Plan) -> set[torch.dtype]:
+    """The dtypes of the values that gradients flow through, autocast's included."""
+    nodes = (node for stage in plan.stages for node in stage.graph_module.graph.nodes if node.meta.get("trainable"))
+    return {kind.dtype for node in nodes for kind in output_types(node)}
 
 
 def _buffer_updates(plan: Plan) -> tuple[bool, bool]:

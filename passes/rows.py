@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
+import torch
 from torch import fx
 
 from passes.ir import TensorType, output_types, size_symbol, tensor_inputs, tensor_type
@@ -37,6 +38,9 @@ def where_rows_meet(ends: Iterable[fx.Node], weighed: Set[fx.Node]) -> list[fx.N
         if node in seen:
             continue
         seen.add(node)
+        kind = tensor_type(node)
+        if kind is not None and not kind.is_floating and kind.dtype != torch.bool:
+            continue  # positions and counts: which rows go together (tokens to experts), not what comes of them
         stack.extend(node.all_input_nodes)
         if node.op != "call_function" or node in weighed or _reads_shape_only(node):
             continue

@@ -1,4 +1,4 @@
-"""`python tests/zoo_table.py [model ...] [--layouts 2x1,1x4]`: every model of the zoo on every layout (tp x pp) against the untouched model.
+"""`python tests/zoo_table.py [model ...] [--layouts 2x1,1x4] [--bf16]`: every model of the zoo on every layout (tp x pp) against the untouched model.
 
 Prints the difference of the loss, the worst relative difference of a gradient or buffer, how many parameters are split over tp, and the
 ops that stayed whole for want of a rule. Exit status 1 if any differs.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from tabulate import tabulate
+from torch.utils._pytree import tree_map
 from zoo import LAYOUTS, ZOO
 
 import autopar
@@ -42,13 +43,15 @@ class Row:
 HEADERS = ("model", "tp", "pp", "verdict", "loss", "worst", "split", "stayed whole (no rule)")
 
 
-def measure(name: str, tp: int, pp: int) -> Row:
+def measure(name: str, tp: int, pp: int, dtype: torch.dtype = torch.float32) -> Row:
     """Verify one model on one layout."""
     torch.manual_seed(0)
     example = ZOO[name]()
+    model = example.model.to(dtype)
+    inputs = tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, example.inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = autopar.verify(example.model, example.inputs, tp=tp, pp=pp, loss_fn=example.loss_fn)
+        report = autopar.verify(model, inputs, tp=tp, pp=pp, loss_fn=example.loss_fn)
     return Row(name, tp, pp, report)
 
 
@@ -56,9 +59,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(ZOO), metavar="model")
     parser.add_argument("--layouts", default=",".join(f"{tp}x{pp}" for tp, pp in LAYOUTS), help="tp x pp, as 2x1,1x4")
+    parser.add_argument("--bf16", action="store_true", help="parameters and inputs in bfloat16 (its tolerance is 4e-2)")
     options = parser.parse_args()
     layouts = [tuple(map(int, text.split("x"))) for text in options.layouts.split(",")]
-    rows = [measure(name, tp, pp) for name in options.models for tp, pp in layouts]
+    rows = [measure(name, tp, pp, torch.bfloat16 if options.bf16 else torch.float32) for name in options.models for tp, pp in layouts]
     print(tabulate([row.cells() for row in rows], headers=HEADERS, disable_numparse=True))
     return 0 if all(row.report.ok for row in rows) else 1
 

@@ -297,13 +297,18 @@ class ParallelModel:
         return form, batch, sizes
 
     def _check_held(self, plan: Plan) -> None:
-        updated = {name for main in self.plan.stages for node in main.graph_module.graph.nodes for name in node.meta.get("mutates", ())}
+        stages = (*plan.stages, *self.plan.stages)
+        updated = {name for stage in stages for node in stage.graph_module.graph.nodes for name in node.meta.get("mutates", ())}
         for stage, main in zip(plan.stages, self.plan.stages, strict=True):
             for name, text in stage.parameters.items():
                 if main.parameters.get(name) != text:
                     raise BadArgument(f"this call needs {name} as {text!r} on stage {stage.index}, which holds {main.parameters.get(name)!r}")
             for name in updated.intersection(stage.buffers).difference(main.buffers):
-                raise BadArgument(f"this call reads the buffer {name} on stage {stage.index}, which does not hold it")
+                raise BadArgument(
+                    f"this call updates or reads the buffer {name} on stage {stage.index}, which does not hold it",
+                    why=f"the plan was made for {'training' if self._traced_training else 'evaluation'}",
+                    use="the model in the other mode when it is given to parallelize" if self.training != self._traced_training else None,
+                )
 
     def _once(self, plan: Plan, traced: Traced) -> Callable[[], Ranks]:
         """Ranks for a further plan, made at first use."""

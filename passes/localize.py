@@ -68,6 +68,7 @@ class _Localizer:
                     whole = self._placed(original, Replicate())
                 if whole is not copy:
                     output.args = (fx.map_arg(output.args[0], lambda n, c=copy, w=whole: w if n is c else n),)
+                    copy.meta.pop("loss")
                     whole.meta["loss"] = True
 
     def _annotate(self, copy: fx.Node, node: fx.Node) -> None:

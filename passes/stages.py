@@ -129,7 +129,7 @@ def _stage(
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for crossing in receives:
-        copies[crossing.node] = graph.placeholder(crossing.name)
+        copies[crossing.node] = graph.create_node("placeholder", crossing.name, name=crossing.name)  # fx would put a name of its own in lower case
         copies[crossing.node].meta = {**crossing.node.meta, "received": crossing.source}
     order = list(module.graph.nodes)
     for kind in (_is_input, _is_share, _is_size):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import autopar
 from autopar import random_ops
 from autopar.program import StageModule
+from costmodel.errors import BadArgument
 
 SPLIT: dict[str, Any] = {"overrides": {"placements": {"up.weight": 0, "down.weight": 1}}}
 
@@ -60,11 +61,12 @@ def test_whole_values_have_one_mask_and_split_ones_a_mask_on_each_rank(mesh: tup
     par.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*stays whole")
 def test_a_job_repeats_with_its_seed_and_leaves_the_global_generator_alone() -> None:
     def losses(seed: int, manual: int) -> list[float]:
+        par = autopar.parallelize(Noisy("rand_like"), {"x": X, "y": X}, tp=2, pp=2, microbatches=2, seed=seed)
         torch.manual_seed(manual)
         before = torch.get_rng_state()
-        par = autopar.parallelize(Noisy("rand_like"), {"x": X, "y": X}, tp=2, pp=2, microbatches=2, seed=seed)
         found = [par.step(x=X, y=X).item() for _ in range(3)]
         assert torch.equal(torch.get_rng_state(), before)
         par.close()
@@ -329,17 +331,40 @@ def test_each_mode_is_the_models_own(mesh: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4))
     x, y = torch.randn(8, 8), torch.randn(8, 4)
-    for given in (True, False):
-        model.train(given)
-        par = autopar.parallelize(model, (x, y), tp=mesh[0], pp=mesh[1], microbatches=2, loss_fn=F.mse_loss)
-        assert len({par.train().step(x, y).item() for _ in range(3)}) == 3, "dropout"
-        alone = copy.deepcopy(model)
-        alone.load_state_dict(par.full_state_dict())
-        assert alone[1].num_batches_tracked == 6
-        torch.testing.assert_close(par.eval()(x, y), alone.eval()(x))
-        assert torch.equal(par.full_state_dict()["1.running_mean"], alone[1].running_mean)
-        assert model.training is given and model[3].training is given
-        par.close()
+    par = autopar.parallelize(model, (x, y), tp=mesh[0], pp=mesh[1], microbatches=2, loss_fn=F.mse_loss)
+    assert len({par.step(x, y).item() for _ in range(3)}) == 3, "dropout"
+    alone = copy.deepcopy(model)
+    alone.load_state_dict(par.full_state_dict())
+    assert alone[1].num_batches_tracked == 6
+    torch.testing.assert_close(par.eval()(x, y), alone.eval()(x))
+    assert torch.equal(par.full_state_dict()["1.running_mean"], alone[1].running_mean)
+    assert model.training and model[3].training
+    par.close()
+
+
+def test_a_model_given_in_evaluation_can_be_trained_unless_that_updates_buffers() -> None:
+    model = Dropped().eval()
+    par = autopar.parallelize(model, {"x": X}, tp=2, microbatches=2, **SPLIT)
+    assert len({par.step(x=X).item() for _ in range(3)}) == 1
+    assert len({par.train().step(x=X).item() for _ in range(3)}) == 3
+    assert not model.training and not model.drop.training
+    par.close()
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    par = autopar.parallelize(model, (X, X[:, :4]), tp=2, loss_fn=F.mse_loss)
+    par.step(X, X[:, :4])
+    with pytest.raises(BadArgument, match="num_batches_tracked.*\n.*made for evaluation\n.*other mode"):
+        par.train().step(X, X[:, :4])
+    par.eval().step(X, X[:, :4])
+    par.close()
+
+
+def test_a_mode_that_changes_nothing_makes_no_further_programs() -> None:
+    batch = gpt_batch()
+    par = autopar.parallelize(GPT(), batch, tp=2)
+    loss = par.step(**batch)
+    assert par.eval()(**batch)[0].item() == pytest.approx(loss.item())
+    assert {id(form.ranks()) for form in par._forms.values()} == {id(par._ranks())}
+    par.close()
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------------

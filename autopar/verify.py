@@ -128,7 +128,7 @@ def _reference_step(par: Any, reference: nn.Module, args: tuple[Any, ...], kwarg
     whole = copy.deepcopy(reference) if updates and not felt else reference
     loss = torch.zeros(())
     if not (updates and felt and plan.microbatches > 1):
-        expected = _reference_loss(reference, *signature.bind(args, kwargs), loss_fn)
+        expected = _reference_loss(reference, signature.bind(args, kwargs), loss_fn)
         expected.backward()
         if not updates or plan.microbatches == 1:
             return expected.detach()
@@ -141,12 +141,12 @@ def _reference_step(par: Any, reference: nn.Module, args: tuple[Any, ...], kwarg
     for index, part in enumerate(parts):
         again = signature.rebuild(args, kwargs, [part[name] for name in plan.inputs])
         if felt:
-            expected = _reference_loss(reference, *again, loss_fn) * (weights[index] / sum(weights) if weights[0] is not None else 1.0)
+            expected = _reference_loss(reference, again, loss_fn) * (weights[index] / sum(weights) if weights[0] is not None else 1.0)
             expected.backward()
             loss = loss + expected.detach()
         else:
             with torch.no_grad():
-                _reference_loss(whole, *again, loss_fn)
+                _reference_loss(whole, again, loss_fn)
     if whole is not reference:
         for buffer, updated in zip(reference.buffers(), whole.buffers(), strict=True):
             buffer.copy_(updated)
@@ -186,7 +186,8 @@ def _weight(plan: Plan, part: Mapping[str, torch.Tensor], sizes: Mapping[str, in
     return plan.loss_weights(*(given[str(node.target)] for node in plan.loss_weights.graph.nodes if node.op == "placeholder"))[0]
 
 
-def _reference_loss(reference: nn.Module, bound: Any, targets: Mapping[str, Any], loss_fn: Callable[..., Any] | None) -> torch.Tensor:
+def _reference_loss(reference: nn.Module, call: tuple[Any, dict[str, Any]], loss_fn: Callable[..., Any] | None) -> torch.Tensor:
+    bound, targets = call
     output = reference(*bound.args, **bound.kwargs)
     if loss_fn is not None:
         return loss_fn(output, *targets.values())

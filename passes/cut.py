@@ -151,7 +151,9 @@ class _Line:
         saved: set[object] = set()
         self.costs = [NodeCost() if n.target is operator.getitem else node_cost(n, pricing, axis_sizes, saved) for n in self.nodes]
         count = len(self.nodes)
-        self.crossing = [0] * (count + 1)
+        self.crossing = [0] * (count + 1)  # bytes, and how many values
+        self.num_crossing = [0] * (count + 1)
+        values = [0] * (count + 2)
         difference = [0] * (count + 2)  # ints: exact however large
         for node in self.nodes:
             last = max((self.position[user] for user in node.users if user in self.position), default=-1)
@@ -160,6 +162,8 @@ class _Line:
                 num_bytes = pricing.num_bytes(local_type(kind, sharding(node), axis_sizes))
                 difference[self.position[node] + 1] += num_bytes
                 difference[last + 1] -= num_bytes
+                values[self.position[node] + 1] += 1
+                values[last + 1] -= 1
             elif last > self.position[node]:
                 # a tuple result (split) crosses as its parts do; cutting between is never wanted
                 difference[self.position[node] + 1] += NEVER
@@ -171,6 +175,7 @@ class _Line:
         for k in range(count + 1):
             running += difference[k]
             self.crossing[k] = running
+            self.num_crossing[k] = values[k] + (self.num_crossing[k - 1] if k else 0)
         self.first_use: list[list[tuple[int, int]]] = [[] for _ in range(count)]  # per node: (parameter bytes' count, previous use)
         for node in graph.nodes:
             kind = tensor_type(node)
@@ -285,7 +290,9 @@ def cut(
     def crossing_seconds(point: int) -> float:
         if point == last:
             return 0.0
-        return 2 * float(send_seconds(num_bytes=line.crossing[points[point]], link=links))  # activation there, gradient back
+        place = points[point]
+        messages = max(line.num_crossing[place] - 1, 0) * links.latency_seconds  # each further value is a message of its own
+        return 2 * (float(send_seconds(num_bytes=line.crossing[place], link=links)) + messages)  # activation there, gradient back
 
     sums = torch.tensor([forward[p] + backward[p] for p in points], dtype=torch.float64)
     sends = torch.tensor([crossing_seconds(k) for k in range(len(points))], dtype=torch.float64)

@@ -1,10 +1,10 @@
 """Before an exact minimisation: leave out the values that no best assignment needs.
 
-A value `a` of a variable goes if another value `b` of it is never worse, whatever the other variables are: summed over the tables that
-mention the variable, the most that `b` can cost more than `a` is at most 0. The minimum stays what it was. One removal makes others
-possible, so variables are visited again until nothing changes. In sharding problems most choices go that way (an activation held in
-blocks that no neighbour holds), and a problem too wide to solve becomes narrow.
-Source: Goldstein, Efficient rotamer elimination applied to protein side-chains and related spin glasses, 1994.
+A value `a` of a variable goes if another value `b` of it is never worse, whatever the other variables are: summed over
+the tables that mention the variable, the most that `b` can cost more than `a` is at most 0. The minimum stays what it
+was. One removal makes others possible, so variables are visited again until nothing changes. In sharding problems most
+choices go that way (an activation held in blocks that no neighbour holds), and a problem too wide to solve becomes
+narrow. Source: Goldstein, Efficient rotamer elimination applied to protein side-chains and related spin glasses, 1994.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def _undominated(variable: int, alive: Sequence[torch.Tensor], factors: Sequence
     for variables, table in restricted(factors, alive):
         costs = table.movedim(variables.index(variable), 0).reshape(count, -1)
         more = costs.unsqueeze(1) - costs.unsqueeze(0)
-        more = more.masked_fill(torch.isinf(costs).unsqueeze(0).expand_as(more), -torch.inf)  # where a is forbidden, b is no worse
+        more = more.masked_fill(
+            torch.isinf(costs).unsqueeze(0).expand_as(more), -torch.inf
+        )  # where a is forbidden, b is no worse
         excess += more.amax(-1)
     never_worse = (excess <= 0).tolist()  # nan, of inf - inf, compares false
     kept = list(range(count))

@@ -1,10 +1,11 @@
 """Where the rows of a batch meet: what a microbatch cannot compute as its part of the whole batch.
 
-Cutting a batch into microbatches is exact where every value of a row comes from that row alone, and the loss adds the rows up. A loss
-that compares rows with each other (contrastive), a regulariser on statistics over the batch, the root of a mean over it: these mean
-something else for a microbatch. They are found by shapes: on the way to the loss, outside of the sums and means that the loss pass
-weighs, a floating value that has rows gives one that has none, or one that has rows in two dims. Batch norm in training is no such
-place: a microbatch's statistics are what training by microbatches means by it, as it does on one device.
+Cutting a batch into microbatches is exact where every value of a row comes from that row alone, and the loss adds the
+rows up. A loss that compares rows with each other (contrastive), a regulariser on statistics over the batch, the root
+of a mean over it: these mean something else for a microbatch. They are found by shapes: on the way to the loss, outside
+of the sums and means that the loss pass weighs, a floating value that has rows gives one that has none, or one that has
+rows in two dims. Batch norm in training is no such place: a microbatch's statistics are what training by microbatches
+means by it, as it does on one device.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """The stages pass: one graph per pipeline stage from the localized graph and a `CutPlan`.
 
-A stage's graph takes, in this order, the values received from earlier stages (by source stage, then in the order they are made), the
-model inputs it reads, the loss shares, and the sizes. It returns what it sends on, then the model's outputs; those all leave from the
-last stage, which receives the ones that earlier stages make. What does not depend on parameters is copied into every stage that needs it.
+A stage's graph takes, in this order, the values received from earlier stages (by source stage, then in the order they
+are made), the model inputs it reads, the loss shares, and the sizes. It returns what it sends on, then the model's
+outputs; those all leave from the last stage, which receives the ones that earlier stages make. What does not depend on
+parameters is copied into every stage that needs it.
 
-Buffers that forward updates (`meta["mutates"]`: running statistics, counters). An update that depends on parameters has its place in one
-stage, and the cut keeps every reader of that buffer there too. One that does not (a counter) runs on every stage that holds the buffer,
-each on its own copy and with equal results; where nothing else reads the buffer, on the stage of the call that follows it. Updates run
-once per microbatch, in order, as they would when the microbatches are fed to the untouched model one after the other: batch statistics
-are those of a microbatch, and a counter counts microbatches.
+Buffers that forward updates (`meta["mutates"]`: running statistics, counters). An update that depends on parameters has
+its place in one stage, and the cut keeps every reader of that buffer there too. One that does not (a counter) runs on
+every stage that holds the buffer, each on its own copy and with equal results; where nothing else reads the buffer, on
+the stage of the call that follows it. Updates run once per microbatch, in order, as they would when the microbatches
+are fed to the untouched model one after the other: batch statistics are those of a microbatch, and a counter counts
+microbatches.
 """
 
 from __future__ import annotations

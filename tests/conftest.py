@@ -1,10 +1,14 @@
-"""Goldens: whole files that a test compares with; `pytest --update-goldens` rewrites them, and the diff is reviewed."""
+"""What all tests share: goldens, and one thread per op.
+
+Goldens are whole files that a test compares with; `pytest --update-goldens` rewrites them, and the diff is reviewed.
+"""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -30,3 +34,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             pytest.fail("\n".join(list(lines)[:60]) + "\nif this is meant: pytest --update-goldens", pytrace=False)
 
     return compare
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread_per_op() -> Iterator[None]:
+    """The tensors here are small, and rank threads that each wait on a pool of threads take more than twice the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

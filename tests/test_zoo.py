@@ -1,4 +1,5 @@
-"""Every model of the zoo gives, on every layout, the untouched model's loss, gradients and buffers. One table, no case of its own."""
+"""Every model of the zoo gives, on every layout, the untouched model's loss, gradients and buffers. One table, no case
+of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ EVERY = tuple((name, tp, pp) for name in ZOO for tp, pp in LAYOUTS)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "tp", "pp"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in EVERY])
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in EVERY]
+)
 def test_the_parallel_model_equals_the_untouched_one(name: str, tp: int, pp: int) -> None:
     row = measure(name, tp, pp)
     assert row.report.ok, str(row.report)

@@ -1,12 +1,16 @@
-"""The zoo: tiny models of every family with a batch each, plain PyTorch ones and Hugging Face ones from configs with random weights.
+"""The zoo: tiny models of every family with a batch each, plain PyTorch ones and Hugging Face ones from configs with
+random weights.
 
-An entry is a function that builds an `Example`; `ZOO` holds them by name. Sizes are as small as the structure allows: two layers, four
-heads (two of keys and values where they are grouped), so that tp = 4 splits them and pp = 4 finds places to cut. Nothing here knows
-autopar, and nothing in autopar knows these models: an entry is what a user would write.
+An entry is a function that builds an `Example`; `ZOO` holds them by name. Sizes are as small as the structure allows:
+two layers, four heads (two of keys and values where they are grouped), so that tp = 4 splits them and pp = 4 finds
+places to cut. Nothing here knows autopar, and nothing in autopar knows these models: an entry is what a user would
+write.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import zoo_corners
 from models import GPT, MLP, gpt_batch
 from torch import Tensor, nn
 
@@ -40,7 +45,9 @@ def _floats(*shape: int, seed: int = 0) -> Tensor:
 
 def mlp() -> Example:
     """An in-place activation, a loss function."""
-    return Example(MLP(), {"x": _floats(6, 16), "target": _floats(6, 16, seed=1)}, lambda out, target: F.mse_loss(out, target))
+    return Example(
+        MLP(), {"x": _floats(6, 16), "target": _floats(6, 16, seed=1)}, lambda out, target: F.mse_loss(out, target)
+    )
 
 
 class SelfAttention(nn.Module):
@@ -140,7 +147,9 @@ class Residual(nn.Module):
 class ResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        )
         self.layers = nn.Sequential(Residual(8, 16), Residual(16, 32, 2))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(32, 10)
@@ -216,7 +225,9 @@ class TwoTowers(nn.Module):
         self.item = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, dim))
         self.scale = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, batch: dict[str, Tensor], *, temperature: float = 0.5, normalize: bool = True) -> dict[str, Tensor]:
+    def forward(
+        self, batch: dict[str, Tensor], *, temperature: float = 0.5, normalize: bool = True
+    ) -> dict[str, Tensor]:
         user = self.user(torch.cat([self.users(batch["user_id"]), batch["user"]], dim=-1))
         item = self.item(batch["item"])
         if normalize:
@@ -227,7 +238,12 @@ class TwoTowers(nn.Module):
 
 def two_towers() -> Example:
     """Dict inputs, keyword-only arguments that are no tensors, several outputs."""
-    batch = {"user_id": _tokens(6, 1, 50)[:, 0], "user": _floats(6, 4), "item": _floats(6, 8, seed=1), "clicked": _tokens(6, 1, 2)[:, 0].float()}
+    batch = {
+        "user_id": _tokens(6, 1, 50)[:, 0],
+        "user": _floats(6, 4),
+        "item": _floats(6, 8, seed=1),
+        "clicked": _tokens(6, 1, 2)[:, 0].float(),
+    }
     return Example(TwoTowers(), {"batch": batch, "temperature": 0.7, "normalize": True})
 
 
@@ -238,7 +254,9 @@ class KeywordOnly(nn.Module):
         self.frozen = nn.Linear(dim, dim).requires_grad_(False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def forward(self, *, x: Tensor, weight: Tensor, power: int = 2, names: tuple[str, ...] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, *, x: Tensor, weight: Tensor, power: int = 2, names: tuple[str, ...] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         early = self.layers[0](x).tanh()
         with torch.no_grad():
             teacher = self.frozen(x)
@@ -252,12 +270,36 @@ class KeywordOnly(nn.Module):
 
 def keyword_only() -> Example:
     """Keyword-only tensors, baked arguments, a frozen layer under no_grad, a counter, outputs that are ready early, two loss terms."""
-    return Example(KeywordOnly(), {"x": _floats(6, 16), "weight": _floats(6, 16, seed=1).abs(), "power": 2, "names": ("a",)})
+    return Example(
+        KeywordOnly(), {"x": _floats(6, 16), "weight": _floats(6, 16, seed=1).abs(), "power": 2, "names": ("a",)}
+    )
+
+
+def corner(kind: Callable[[], nn.Module]) -> Example:
+    """A model of tests/zoo_corners.py with tensors for the arguments that its forward names."""
+    model = kind()
+    size = {zoo_corners.SharedParameters: (6, 5, 32), zoo_corners.OddSizes: (6, 18)}.get(kind, (6, 16))
+    given = {"x": _floats(*size), "y": _floats(*size, seed=1), "labels": _tokens(6, 1, 16)[:, 0]}
+    return Example(model, {name: given[name] for name in inspect.signature(model.forward).parameters})
+
+
+_CORNERS = tuple(
+    kind
+    for kind in vars(zoo_corners).values()
+    if isinstance(kind, type) and kind.__module__ == "zoo_corners" and "forward" in vars(kind)
+)
 
 
 # ---- Hugging Face ---------------------------------------------------------------------------------------------------
 
-_SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, max_position_embeddings=64)
+_SMALL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=64,
+    max_position_embeddings=64,
+)
 _ENDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
@@ -292,7 +334,9 @@ def qwen3(attention: str) -> Example:
 
 def gemma2(attention: str) -> Example:
     """Soft caps, scaled embeddings, alternating windows, tied."""
-    return _language("Gemma2", attention, **_SMALL, num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=8)
+    return _language(
+        "Gemma2", attention, **_SMALL, num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=8
+    )
 
 
 def phi3(attention: str) -> Example:
@@ -312,7 +356,9 @@ def mixtral(attention: str) -> Example:
 
 def mixtral_batched(attention: str) -> Example:
     """Experts by a batched matmul over gathered weights."""
-    return _language("Mixtral", attention, **_SMALL, num_key_value_heads=2, num_local_experts=4, experts_implementation="batched_mm")
+    return _language(
+        "Mixtral", attention, **_SMALL, num_key_value_heads=2, num_local_experts=4, experts_implementation="batched_mm"
+    )
 
 
 def bert(attention: str) -> Example:
@@ -330,9 +376,19 @@ def t5(attention: str) -> Example:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0, attn_implementation=attention, **_ENDS
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=64,
+        decoder_start_token_id=0,
+        attn_implementation=attention,
+        **_ENDS,
     )
-    return Example(T5ForConditionalGeneration(config).eval(), {"input_ids": _tokens(4, 9), "labels": _tokens(4, 7, seed=1)})
+    return Example(
+        T5ForConditionalGeneration(config).eval(), {"input_ids": _tokens(4, 9), "labels": _tokens(4, 7, seed=1)}
+    )
 
 
 def vit(attention: str) -> Example:
@@ -341,7 +397,10 @@ def vit(attention: str) -> Example:
 
     sizes = {key: value for key, value in _SMALL.items() if key not in ("vocab_size", "max_position_embeddings")}
     config = ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=8, attn_implementation=attention)
-    return Example(ViTForImageClassification(config).eval(), {"pixel_values": _floats(4, 3, 16, 16), "labels": _tokens(4, 1, 8)[:, 0]})
+    return Example(
+        ViTForImageClassification(config).eval(),
+        {"pixel_values": _floats(4, 3, 16, 16), "labels": _tokens(4, 1, 8)[:, 0]},
+    )
 
 
 def whisper(attention: str) -> Example:
@@ -353,7 +412,9 @@ def whisper(attention: str) -> Example:
         decoder_ffn_dim=48, vocab_size=64, num_mel_bins=8, max_source_positions=16, max_target_positions=32, decoder_start_token_id=1,
         suppress_tokens=None, begin_suppress_tokens=None, attn_implementation=attention, **_ENDS,
     )  # fmt: skip
-    return Example(WhisperForConditionalGeneration(config).eval(), {"input_features": _floats(4, 8, 32), "labels": _tokens(4, 7)})
+    return Example(
+        WhisperForConditionalGeneration(config).eval(), {"input_features": _floats(4, 8, 32), "labels": _tokens(4, 7)}
+    )
 
 
 _PLAIN = (
@@ -363,6 +424,7 @@ _PLAIN = (
 _HUGGING_FACE = (gpt2, llama, mistral, qwen3, gemma2, phi3, gpt_neox, mixtral, mixtral_batched, bert, t5, vit, whisper)
 
 ZOO: dict[str, Callable[[], Example]] = {build.__name__: build for build in _PLAIN}
+ZOO |= {re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower(): partial(corner, kind) for kind in _CORNERS}
 ZOO |= {
     f"{build.__name__}-{attention}": partial(build, attention)
     for build in _HUGGING_FACE

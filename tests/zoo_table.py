@@ -1,7 +1,8 @@
-"""`python tests/zoo_table.py [model ...] [--layouts 2x1,1x4] [--bf16]`: every model of the zoo on every layout (tp x pp) against the untouched model.
+"""`python tests/zoo_table.py [model ...] [--layouts 2x1,1x4] [--bf16]`: every model of the zoo on every layout (tp x pp)
+against the untouched model.
 
-Prints the difference of the loss, the worst relative difference of a gradient or buffer, how many parameters are split over tp, and the
-ops that stayed whole for want of a rule. Exit status 1 if any differs.
+Prints the difference of the loss, the worst relative difference of a gradient or buffer, how many parameters are split
+over tp, and the ops that stayed whole for want of a rule. Exit status 1 if any differs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import sys
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -33,11 +35,12 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """What the table shows."""
         texts = self.report.plan.parameter_notation.values()
-        whole = dict.fromkeys(name for note in self.report.plan.notes for name in re.findall(r"^torch\.ops\.(\S+) .*stays whole", note))
-        return (
-            self.model, str(self.tp), str(self.pp), "equal" if self.report.ok else "DIFFERENT", f"{self.report.loss_difference:.1e}",
-            f"{self.report.worst.relative:.1e}", f"{sum('/tp' in text for text in texts)} of {len(texts)}", ", ".join(whole),
-        )  # fmt: skip
+        found = [re.match(r"torch\.ops\.(\S+) .*stays whole", note) for note in self.report.plan.notes]
+        whole = dict.fromkeys(match[1] for match in found if match)
+        split = f"{sum('/tp' in text for text in texts)} of {len(texts)}"
+        verdict = "equal" if self.report.ok else "DIFFERENT"
+        differences = (f"{self.report.loss_difference:.1e}", f"{self.report.worst.relative:.1e}")
+        return self.model, str(self.tp), str(self.pp), verdict, *differences, split, ", ".join(whole)
 
 
 HEADERS = ("model", "tp", "pp", "verdict", "loss", "worst", "split", "stayed whole (no rule)")
@@ -48,7 +51,11 @@ def measure(name: str, tp: int, pp: int, dtype: torch.dtype = torch.float32) -> 
     torch.manual_seed(0)
     example = ZOO[name]()
     model = example.model.to(dtype)
-    inputs = tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, example.inputs)
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    inputs = tree_map(cast, example.inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report = autopar.verify(model, inputs, tp=tp, pp=pp, loss_fn=example.loss_fn)
@@ -62,7 +69,8 @@ def main() -> int:
     parser.add_argument("--bf16", action="store_true", help="parameters and inputs in bfloat16 (its tolerance is 4e-2)")
     options = parser.parse_args()
     layouts = [tuple(map(int, text.split("x"))) for text in options.layouts.split(",")]
-    rows = [measure(name, tp, pp, torch.bfloat16 if options.bf16 else torch.float32) for name in options.models for tp, pp in layouts]
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    rows = [measure(name, tp, pp, dtype) for name in options.models for tp, pp in layouts]
     print(tabulate([row.cells() for row in rows], headers=HEADERS, disable_numparse=True))
     return 0 if all(row.report.ok for row in rows) else 1
 

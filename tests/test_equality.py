@@ -93,7 +93,7 @@ def test_verify_does_not_touch_the_model_and_needs_weights_and_a_loss() -> None:
         autopar.verify(model, {"idx": batch["idx"]}, tp=2)
 
 
-# ---- microbatches that hold different things ----------------------------------------------------------------------------
+# ---- microbatches that hold different things -----------------------------------------------------------------
 
 
 class Classifier(nn.Module):
@@ -139,7 +139,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "mean squared error": lambda logits, labels, mask: F.mse_loss(logits.mean(-1), mask),
     "sum of squares": lambda logits, labels, mask: F.mse_loss(logits[..., 0], mask, reduction="sum") * 0.5,
     "two losses": lambda logits, labels, mask: entropies(logits, labels) + 0.01 * logits.logsumexp(-1).square().mean(),
-    "difference of two": lambda logits, labels, mask: entropies(logits, labels) - 0.1 * logits.softmax(-1).amax(-1).mean(),
+    "difference of two": lambda logits, labels, mask: (
+        entropies(logits, labels) - 0.1 * logits.softmax(-1).amax(-1).mean()
+    ),
     "a mean and a sum": lambda logits, labels, mask: entropies(logits, labels) + 1e-3 * logits.abs().sum(),
     "scaled": lambda logits, labels, mask: 3.0 * entropies(logits, labels) / 7,
     "first of a tuple": lambda logits, labels, mask: (entropies(logits, labels), logits),
@@ -165,7 +167,8 @@ def loss_of(output: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mesh"), wide([(kind, mesh) for kind in LOSSES for mesh in ((2, 2), (1, 2))], lambda kind, mesh: mesh == (2, 2))
+    ("kind", "mesh"),
+    wide([(kind, mesh) for kind in LOSSES for mesh in ((2, 2), (1, 2))], lambda kind, mesh: mesh == (2, 2)),
 )
 def test_ten_rows_in_four_microbatches_with_different_numbers_of_labels(kind: str, mesh: tuple[int, int]) -> None:
     model, batch = Classifier(LOSSES[kind]), ragged_batch()

@@ -82,7 +82,7 @@ def test_a_plan_of_very_many_ranks_can_be_read_and_not_stepped() -> None:
         par.step(**batch)
 
 
-# ---- models that cannot be captured -----------------------------------------------------------------------------------
+# ---- models that cannot be captured --------------------------------------------------------------------------
 
 
 class Branches(nn.Module):
@@ -142,7 +142,7 @@ def test_a_forward_that_cannot_be_captured(model: type[nn.Module], kinds: type[A
     assert f"test_errors.py:{line_at_fault(model)}" in str(caught.value)
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_model_without_a_loss_cannot_step_but_runs_forward() -> None:
     par.close()
 
 
-# ---- plan files -------------------------------------------------------------------------------------------------------
+# ---- plan files ----------------------------------------------------------------------------------------------
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -231,7 +231,7 @@ def test_a_plan_of_another_model(tmp_path: Path) -> None:
     par.close()
 
 
-# ---- processes --------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------------------
 
 
 def job(folder: str, degrees: dict[str, int], dies: int) -> None:

@@ -32,7 +32,7 @@ def with_dropout() -> nn.Module:
     return built("hf-gpt2", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
 
 
-# ---- forward ----------------------------------------------------------------------------------------------------------
+# ---- forward -------------------------------------------------------------------------------------------------
 
 
 EACH = [(name, mesh) for name in MODELS for mesh in MESHES]
@@ -65,7 +65,7 @@ def test_a_model_can_be_called_with_a_longer_sequence_and_more_rows() -> None:
     par.close()
 
 
-# ---- what is traced later, and what is left alone -----------------------------------------------------------------------
+# ---- what is traced later, and what is left alone ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
@@ -129,7 +129,7 @@ def test_what_the_user_has_frozen_gets_no_gradient_and_does_not_change() -> None
     par.close()
 
 
-# ---- dropout ----------------------------------------------------------------------------------------------------------
+# ---- dropout -------------------------------------------------------------------------------------------------
 
 
 def losses_with_dropout(seed: int, tp: int, steps: int = 3) -> tuple[list[float], autopar.ParallelModel]:
@@ -178,14 +178,16 @@ def test_whole_values_stay_the_same_on_all_ranks_while_dropout_is_on() -> None:
                 compared.add(name)
         for name, held in stage.tied.items():
             for rank in range(plan.num_ranks):
-                other = next(each for each in range(plan.num_ranks) if plan.coords(each) == {**plan.coords(rank), "pp": held[0]})
+                other = next(
+                    each for each in range(plan.num_ranks) if plan.coords(each) == {**plan.coords(rank), "pp": held[0]}
+                )
                 if plan.coords(rank)["pp"] in held:
                     assert torch.equal(parameters[rank][name], parameters[other][name])
     assert len(compared) > 8 and any(stage.tied for stage in plan.stages)
     par.close()
 
 
-# ---- gradients --------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "mesh"), wide(EACH, lambda name, mesh: name == "gpt" or mesh == (2, 2)))
@@ -274,7 +276,7 @@ def test_a_closed_model_starts_again() -> None:
     par.close()
 
 
-# ---- processes --------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------------------
 
 
 def job() -> dict[str, Any]:
@@ -322,7 +324,9 @@ def test_processes_get_the_output_on_the_last_stage_only(reports: list[dict[str,
         torch.testing.assert_close(report["output"], model(**batch), rtol=1e-5, atol=1e-5)
 
 
-def test_processes_draw_the_numbers_that_threads_draw_and_keep_whole_values_equal(reports: list[dict[str, Any]]) -> None:
+def test_processes_draw_the_numbers_that_threads_draw_and_keep_whole_values_equal(
+    reports: list[dict[str, Any]],
+) -> None:
     losses, par = losses_with_dropout(5, 2)
     par.close()
     for report in reports:

@@ -86,7 +86,10 @@ def test_a_plain_process_gives_whole_tensors_in_its_state_dict_too() -> None:
     [
         (lambda state: state.pop("norm.weight"), r"missing: norm\.weight"),
         (lambda state: state.update({"h.7.up.weight": torch.zeros(1)}), r"unknown: h\.7\.up\.weight"),
-        (lambda state: state.update({"norm.weight": torch.zeros(31)}), r"norm\.weight is \(31,\); the model's is \(32,\)"),
+        (
+            lambda state: state.update({"norm.weight": torch.zeros(31)}),
+            r"norm\.weight is \(31,\); the model's is \(32,\)",
+        ),
     ],
 )
 def test_a_state_dict_of_another_model_changes_nothing(change: Any, says: str) -> None:
@@ -117,7 +120,7 @@ def test_a_model_without_values_gets_them_and_trains(name: str) -> None:
     par.close()
 
 
-# ---- processes --------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------------------
 
 
 class Checkpoint(dict[str, Any]):
@@ -205,7 +208,9 @@ def test_processes_fill_a_model_without_values(reports: list[Checkpoint]) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_checkpoint_can_be_read_without_autopar(reports: list[Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_checkpoint_can_be_read_without_autopar(
+    reports: list[Checkpoint], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = next(tmp_path_factory.getbasetemp().glob("checkpoint*"))
     state = copy.deepcopy(built("gpt", seed=1).state_dict())
     dcp.load(state, checkpoint_id=str(folder), no_dist=True)

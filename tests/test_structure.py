@@ -68,7 +68,11 @@ def at_import(source: str) -> set[str]:
 def wrong_imports(package: str, source: str) -> list[tuple[int, str]]:
     forbidden = (*FORBIDDEN[package], *EVERYWHERE)
     return sorted(
-        {(line, name) for line, name in imported(source) if any(f"{name}.".startswith(f"{each}.") for each in forbidden)}
+        {
+            (line, name)
+            for line, name in imported(source)
+            if any(f"{name}.".startswith(f"{each}.") for each in forbidden)
+        }
     )
 
 
@@ -90,7 +94,9 @@ def test_imports_point_one_way(package: str) -> None:
 )  # fmt: skip
 def test_the_check_of_imports_catches(package: str, line: str) -> None:
     assert wrong_imports(package, line)
-    assert not wrong_imports("autopar", "import torch.distributed\nfrom passes import rules\nfrom costmodel import errors")
+    assert not wrong_imports(
+        "autopar", "import torch.distributed\nfrom passes import rules\nfrom costmodel import errors"
+    )
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -110,7 +116,9 @@ def test_no_model_is_known_by_name(package: str) -> None:
         if NAMED.search(line)
     }
     assert named == {}
-    assert NAMED.search("if isinstance(x, Llama):") and NAMED.search('"lm_head"') and not NAMED.search("vitality fitted")
+    assert (
+        NAMED.search("if isinstance(x, Llama):") and NAMED.search('"lm_head"') and not NAMED.search("vitality fitted")
+    )
 
 
 def test_the_top_level_holds_what_it_should_and_nothing_else() -> None:
@@ -121,7 +129,9 @@ def test_the_top_level_holds_what_it_should_and_nothing_else() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_module_says_what_it_is_for(package: str) -> None:
     silent = [
-        str(file) for file in files_of(package) if file.read_text().strip() and not ast.get_docstring(ast.parse(file.read_text()))
+        str(file)
+        for file in files_of(package)
+        if file.read_text().strip() and not ast.get_docstring(ast.parse(file.read_text()))
     ]
     assert silent == []
 

@@ -1,6 +1,7 @@
 """Twenty AdamW steps on several ranks against one process that runs the untouched model.
 
-Pipelines alone are equal to the last bit, losses and parameters, to one process that accumulates over the same microbatches. Tensor
+Pipelines alone are equal to the last bit, losses and parameters, to one process that accumulates over the same microbatches.
+Tensor
 parallelism sums in another order and stays within 2e-4.
 """
 
@@ -50,7 +51,12 @@ def alone(name: str, microbatches: int = MICROBATCHES) -> tuple[list[Tensor], di
 
 
 PIPELINES = [(name, pp, schedule) for name in MODELS for pp in (2, 4) for schedule in ("naive", "gpipe", "1f1b")]
-QUICK = {("gpt-untied", 2, "naive"), ("hf-llama-grouped", 2, "gpipe"), ("hf-llama-grouped", 4, "1f1b"), ("hf-gpt2", 4, "1f1b")}
+QUICK = {
+    ("gpt-untied", 2, "naive"),
+    ("hf-llama-grouped", 2, "gpipe"),
+    ("hf-llama-grouped", 4, "1f1b"),
+    ("hf-gpt2", 4, "1f1b"),
+}
 
 
 @pytest.mark.parametrize(("name", "pp", "schedule"), wide(PIPELINES, lambda *case: case[0] == "gpt" or case in QUICK))
@@ -103,7 +109,7 @@ def test_gradients_accumulate_over_steps_to_the_same_bits() -> None:
     assert differing(parameters, reference.state_dict()) == []
 
 
-# ---- processes --------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------------------
 
 
 def job(name: str, tp: int, pp: int, schedule: str) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -136,7 +142,7 @@ def test_processes_train_to_the_same_bits_as_one_process(one_thread: None, name:
     assert all(parameters == {} for _, parameters in ranks[1:])
 
 
-# ---- tensor parallelism -----------------------------------------------------------------------------------------------
+# ---- tensor parallelism --------------------------------------------------------------------------------------
 
 MESHES = [(2, 1), (4, 1), (2, 2), (4, 4)]
 

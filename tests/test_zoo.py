@@ -7,12 +7,15 @@ import pytest
 from zoo import LAYOUTS, ZOO
 from zoo_table import measure
 
-# One layout of each family: splits and cuts, fused weights, masks, BatchNorm, skips, tied weights, experts, encoder and decoder.
+# One layout of each family: splits and cuts, fused weights, masks, BatchNorm, skips, tied weights, experts, and so on.
 QUICK = (
-    ("mlp", 4, 1), ("attention_weights", 2, 2), ("transformer_encoder", 2, 2), ("transformer", 1, 4), ("gpt_by_hand", 4, 1),
-    ("resnet", 2, 2), ("resnet_training", 1, 4), ("unet", 1, 4), ("lstm", 1, 2), ("two_towers", 2, 2), ("keyword_only", 2, 2),
-    ("gpt2-eager", 2, 2), ("mistral-sdpa", 4, 1), ("phi3-sdpa", 2, 2), ("mixtral-sdpa", 2, 1), ("bert-sdpa", 2, 2), ("t5-sdpa", 2, 2),
-    ("vit-sdpa", 1, 4), ("whisper-sdpa", 2, 1),
+    ("mlp", 4, 1), ("attention_weights", 2, 2), ("transformer_encoder", 2, 2), ("transformer", 1, 4),
+    ("gpt_by_hand", 4, 1), ("resnet", 2, 2), ("resnet_training", 1, 4), ("unet", 1, 4), ("lstm", 1, 2),
+    ("two_towers", 2, 2), ("keyword_only", 2, 2), ("contrastive", 1, 4), ("root_mean_square", 2, 2),
+    ("class_weights", 1, 4), ("moving_average", 1, 4), ("other_types", 1, 4), ("shared_parameters", 1, 4),
+    ("fixed_batch", 1, 2), ("autocast", 2, 2), ("odd_sizes", 4, 1), ("gpt2-eager", 2, 2), ("mistral-sdpa", 4, 1),
+    ("phi3-sdpa", 2, 2), ("mixtral-sdpa", 2, 1), ("bert-sdpa", 2, 2), ("t5-sdpa", 2, 2), ("vit-sdpa", 1, 4),
+    ("whisper-sdpa", 2, 1),
 )  # fmt: skip
 EVERY = tuple((name, tp, pp) for name in ZOO for tp, pp in LAYOUTS)
 

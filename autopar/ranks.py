@@ -195,7 +195,7 @@ class ThreadedRanks:
             for tensors in (self.parameters_of[rank], self.buffers_of[rank]):
                 for name in list(tensors):
                     if name in values:
-                        tensors[name] = _assign(tensors[name], local_piece(values[name], wanted[name], self.plan, coords))  # type: ignore[assignment,index]
+                        tensors[name] = _assign(tensors[name], local_piece(values[name], wanted[name], self.plan, coords))  # type: ignore[assignment]
 
     def close(self) -> None:
         if self._threads is not None:
@@ -352,7 +352,7 @@ class ProcessRank:
                 if name in values:
                     value = values[name]
                     whole = value.full_tensor() if isinstance(value, DTensor) else value
-                    tensors[name] = _assign(tensors[name], local_piece(whole.to(self.world.device), wanted[name], self.plan, self.coords))  # type: ignore[assignment,index]
+                    tensors[name] = _assign(tensors[name], local_piece(whole.to(self.world.device), wanted[name], self.plan, self.coords))  # type: ignore[assignment]
 
     def close(self) -> None:
         self.world.close()

@@ -1,12 +1,13 @@
 """Grouped heads: attention reads shared key and value heads where they are, instead of copies of them.
 
-Model libraries repeat the key and value heads (`unsqueeze`, `expand`, `reshape`) when they hold a mask, and let attention group the
-query heads (`enable_gqa`) when they hold none. While tracing they always hold one; where `fold_causal_masks` has taken it away, the user's
-own eager run has none and takes the second way, whose gradients round differently and whose copies cost nothing. So this pass takes it
-too, only for those attentions: a model that repeats heads without a mask does so in its eager run as well.
+Model libraries repeat the key and value heads (`unsqueeze`, `expand`, `reshape`) when they hold a mask, and let
+attention group the query heads (`enable_gqa`) when they hold none. While tracing they always hold one. Where
+`fold_causal_masks` has taken it away, the user's own eager run has none and takes the second way, whose gradients
+round differently and which makes no copies. So this pass takes it too, only for those attentions: a model that
+repeats heads without a mask does so in its eager run as well.
 
-It runs on one rank's graph: the query heads of a rank may be split further than its key heads can be, and a repeat with a collective
-behind it stays as it is.
+It runs on one rank's graph: the query heads of a rank may be split further than its key heads can be, and a repeat
+with a collective behind it stays as it is.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ _MOST_HEAD_SIZE = 256  # beyond it there is no kernel for grouped heads
 
 
 def group_heads(graph: fx.Graph) -> None:
-    """Attention over repeated heads becomes grouped attention, in place; the repeats are left to dead code elimination."""
+    """Attention over repeated heads becomes grouped attention, in place; dead code elimination takes the repeats."""
     for node in graph.nodes:
         if node.target is not aten.scaled_dot_product_attention.default or not node.meta.get(MASK_FOLDED):
             continue
         query, key, value = node.args[:3]
-        shared = _before_repeat(key), _before_repeat(value)
-        if shared[0] is None or shared[1] is None or node.kwargs.get("enable_gqa"):
+        keys, values = _before_repeat(key), _before_repeat(value)
+        if keys is None or values is None or node.kwargs.get("enable_gqa"):
             continue
-        sizes = [_shape(shared_heads)[-1] for shared_heads in shared]
-        if sizes[0] == sizes[1] and isinstance(sizes[0], int) and sizes[0] <= _MOST_HEAD_SIZE:
-            node.args = (query, *shared, *node.args[3:])
+        size = _shape(keys)[-1]
+        if size == _shape(values)[-1] and isinstance(size, int) and size <= _MOST_HEAD_SIZE:
+            node.args = (query, keys, values, *node.args[3:])
             node.kwargs = {**node.kwargs, "enable_gqa": True}
 
 

@@ -30,7 +30,7 @@ def _reads_shape_only(node: fx.Node) -> bool:
 
 
 def where_rows_meet(ends: Iterable[fx.Node], weighed: Set[fx.Node]) -> list[fx.Node]:
-    """The calls among `ends` and what they are computed from at which rows meet, but for those in `weighed`; in no order."""
+    """The calls at which rows meet among `ends` and what they are computed from, without those in `weighed`."""
     found: list[fx.Node] = []
     seen: set[fx.Node] = set()
     stack = list(ends)

@@ -45,6 +45,10 @@ from passes.rules import RULES, Call, Strategy, call_of, strategies
 # models, whose steps are mostly latency, need 16 and more to be split at all; for large ones 1 to 32 give the same plan.
 MEMORY_WEIGHT = 24.0
 
+# With sequence_parallel=True tokens that were scattered are gathered only where a split weight needs them. Elsewhere (logits whose
+# classes cannot be split) it is dear, but there may be no other way.
+LAST_RESORT = 1e3
+
 Value = tuple[fx.Node, int]  # a tensor: the node that yields it and which of its results it is
 SequenceParallel = bool | Literal["auto"]
 Users = dict[Value, list[tuple[fx.Node, tuple[int, ...]]]]  # of each value: the calls that use it, and in which argument slots
@@ -332,10 +336,14 @@ class _Problem:
         """Seconds from what a value has to what is wanted; inf where sequence parallelism does not allow the way."""
         tokens = self._splits_tokens(kind, source) or self._splits_tokens(kind, want.placement)
         whole = not isinstance(want.placement, (Partial, Shard))
+        if tokens and isinstance(source, Shard) and not whole:
+            return float("inf")  # tokens are gathered for a split weight, not exchanged for features
         if self.sequence_parallel is True and isinstance(source, Partial) and whole and self._has_tokens(kind):
             return float("inf")  # reduce-scatter over tokens instead
         regroup = tokens or (want.joins and isinstance(source, Copied))
-        return self.pricing.reshard_seconds(kind, source, want.placement, self.axis_size, trainable, regroup)
+        seconds = self.pricing.reshard_seconds(kind, source, want.placement, self.axis_size, trainable, regroup)
+        last_resort = self.sequence_parallel is True and trainable and tokens and isinstance(source, Shard) and want.placement == REPLICATE
+        return seconds * LAST_RESORT if last_resort else seconds
 
     # ---- what passes between them -----------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread_per_op() -> Iterator[None]:
-    """The tensors here are small, and rank threads that each wait on a pool of threads take more than twice the time."""
+    """The tensors here are small; rank threads that each have a pool of threads take more than twice the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""One step on several ranks equals the untouched model on the whole batch: the loss, every gradient, every way to write a loss."""
+"""One step on several ranks equals the untouched model on the whole batch, however the loss is written."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any]]] = {
     "hf-llama-one-kv-head": (lambda: tiny_llama(num_hidden_layers=4, num_key_value_heads=1), causal_batch),
 }
 QUICK = {
-    ("gpt", (2, 1)), ("gpt", (4, 1)), ("gpt", (2, 2)), ("gpt", (4, 4)), ("gpt-explicit-mask", (2, 1)), ("hf-gpt2", (2, 1)),
-    ("hf-gpt2", (4, 4)), ("hf-llama-grouped", (2, 2)), ("hf-llama-grouped", (4, 1)), ("hf-llama-one-kv-head", (2, 1)),
+    ("gpt", (2, 1)), ("gpt", (4, 1)), ("gpt", (2, 2)), ("gpt", (4, 4)), ("gpt-explicit-mask", (2, 1)),
+    ("hf-gpt2", (2, 1)), ("hf-gpt2", (4, 4)), ("hf-llama-grouped", (2, 2)), ("hf-llama-grouped", (4, 1)),
+    ("hf-llama-one-kv-head", (2, 1)),
 }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ QUICK = {
     ("name", "mesh"), wide([(name, mesh) for name in MODELS for mesh in MESHES], lambda *case: case in QUICK)
 )
 def test_loss_and_every_gradient_equal_the_untouched_model(name: str, mesh: tuple[int, int]) -> None:
-    """Loss within 1e-6, gradients within 1e-5 relative. Largest seen: 2e-7 and 1.5e-6."""
+    """Loss within 1e-6, gradients within 1e-5 relative. Largest seen: 2e-7 and 8e-7."""
     torch.manual_seed(0)
     build, batch = MODELS[name]
     report = autopar.verify(build(), batch(), tp=mesh[0], pp=mesh[1])
@@ -65,6 +66,19 @@ HEADS_SPLIT: dict[str, Any] = {"overrides": {"placements": {"up.weight": "32/tp 
 def test_a_weight_that_is_whole_inside_a_split_region(mesh: tuple[int, int]) -> None:
     report = autopar.verify(ScaledHeads(), {"x": torch.randn(8, 16)}, tp=mesh[0], pp=mesh[1], **HEADS_SPLIT)
     assert str(report.plan.placements["scale"]) == "8" and str(report.plan.placements["up.weight"]) == "32/tp 16"
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_attention_split_over_more_ranks_than_there_are_key_heads(kv_heads: int) -> None:
+    """Keys and values are whole on each rank, which uses those of its query heads; their gradients are summed."""
+    torch.manual_seed(0)
+    model = tiny_llama(num_key_value_heads=kv_heads)
+    overrides = {"placements": {"*q_proj.weight": "32/tp 32"}}
+    report = autopar.verify(model, causal_batch(), tp=4, pp=2, overrides=overrides)
+    partial = {name for stage in report.plan.stages for name in stage.partial_gradients}
+    assert {f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "kv"} <= partial
+    assert str(report.plan.placements["model.layers.0.self_attn.o_proj.weight"]) == "32 32/tp"
     assert report.ok, report
 
 

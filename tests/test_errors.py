@@ -1,4 +1,4 @@
-"""Bad input: one clear message of the right class that says what, where, why and what to use; nothing half-done; nobody hangs."""
+"""Bad input: one clear message of the right class that says what, where, why and what to use; nobody hangs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.errors import (
-    AutoparError, BadArgument, BadPlan, CaptureError, DoesNotFit, RankFailed, TooManyStages, WorldSizeMismatch,
+    AutoparError,
+    BadArgument,
+    BadPlan,
+    CaptureError,
+    DoesNotFit,
+    RankFailed,
+    TooManyStages,
+    WorldSizeMismatch,
 )  # fmt: skip
 
 
@@ -38,7 +45,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[AutoparError], str]] = [
     ({"schedule": "2f2b"}, BadArgument, r"no schedule '2f2b'.*\n.*\"1f1b\""),
     ({"hardware": "abacus"}, BadArgument, r"no hardware profile 'abacus'\n.*h100-sxm"),
     ({"overrides": {"placement": {}}}, BadArgument, r"overrides has no 'placement'\n.*\"placements\""),
-    ({"overrides": {"placements": {"h.9.*": 0}}}, BadArgument, r"no parameter matches the override 'h\.9\.\*'\n.*wte\.weight"),
+    ({"overrides": {"placements": {"h.9.*": 0}}}, BadArgument, r"no parameter matches.* 'h\.9\.\*'\n.*wte\.weight"),
     ({"overrides": {"cuts": ["h.9"]}, "pp": 2}, AutoparError, r"h\.9"),
 ]  # fmt: skip
 
@@ -60,7 +67,7 @@ def test_what_is_not_built_yet_is_refused_rather_than_ignored(given: dict[str, A
 
 
 def test_things_that_are_no_model_and_no_inputs() -> None:
-    with pytest.raises(BadArgument, match="the model is a function, not an nn.Module"):
+    with pytest.raises(BadArgument, match=r"the model is a function, not an nn\.Module"):
         autopar.parallelize(gpt_batch, gpt_batch())  # type: ignore[arg-type]
     with pytest.raises(BadArgument, match="example_inputs is a str"):
         autopar.parallelize(GPT(), "a batch")  # type: ignore[arg-type]
@@ -74,11 +81,11 @@ def test_a_plan_of_very_many_ranks_can_be_read_and_not_stepped() -> None:
         large = GPT(vocab=32768, dim=2048, heads=128, layers=8, context=256)
     batch = {name: tensor.to("meta") for name, tensor in gpt_batch(rows=32, tokens=128).items()}
     par = autopar.parallelize(large, batch, tp=128, pp=8, hardware="h100-sxm")
-    assert par.plan.num_ranks == 1024 and "tp=128" in par.plan.source(1023).replace('"tp": 128', "tp=128")
-    assert "Rank 1023 of 1024" in par.plan.source(1023) and str(par.plan)
+    assert par.plan.num_ranks == 1024 and "tp=128" in str(par.plan)
+    assert "Rank 1023 of 1024" in par.plan.source(1023)
     with pytest.raises(BadArgument, match="no rank 1024"):
         par.plan.source(1024)
-    with pytest.raises(DoesNotFit, match="(?s)1024 ranks, too many for threads of one process.*torchrun"):
+    with pytest.raises(DoesNotFit, match=r"(?s)1024 ranks, too many for threads of one process.*torchrun"):
         par.step(**batch)
 
 
@@ -134,7 +141,7 @@ def line_at_fault(model: type[nn.Module]) -> int:
 
 @pytest.mark.parametrize(
     ("model", "kinds", "says"),
-    [(Branches, CaptureError, "(?s)because"), (CustomFunction, CaptureError, "Doubled"), (Raises, AutoparError, "")],
+    [(Branches, CaptureError, "(?s)because"), (CustomFunction, CaptureError, "Doubled"), (Raises, AutoparError, "4x4|5x4|4, 4|mat1")],
 )
 def test_a_forward_that_cannot_be_captured(model: type[nn.Module], kinds: type[AutoparError], says: str) -> None:
     with pytest.raises(kinds, match=says) as caught:
@@ -145,6 +152,7 @@ def test_a_forward_that_cannot_be_captured(model: type[nn.Module], kinds: type[A
 # ---- batches -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:autopar. programs rebuilt")
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -171,7 +179,7 @@ def test_a_model_without_a_loss_cannot_step_but_runs_forward() -> None:
     model = MLP()
     x = torch.randn(4, 16)
     par = autopar.parallelize(model, {"x": x}, tp=2, pp=2)
-    with pytest.raises(BadArgument, match="(?s)no loss to train on.*loss_fn"):
+    with pytest.raises(BadArgument, match=r"(?s)no loss to train on.*loss_fn"):
         par.step(x=x)
     torch.testing.assert_close(par(x=x), model(x.clone()))
     par.close()

@@ -1,7 +1,7 @@
-"""What ranks allocate, counted tensor by tensor: building a rank takes its shards and at most one whole parameter beside them.
+"""What ranks allocate, counted tensor by tensor: a rank takes its shards and at most one whole parameter beside them.
 
-The user's model is shared memory that the ranks of this machine read (or it is on the meta device); what a rank makes itself is counted
-by a dispatch mode that sees every new storage and its end.
+The user's model is the user's (or on the meta device); what a rank makes itself is counted by a dispatch mode that sees
+every new storage and its end.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_a_rank_is_built_within_its_shard_and_the_largest_parameter(reports: lis
 
 
 def test_only_the_rank_that_gathers_holds_more_than_one_whole_parameter(reports: list[dict[str, int]]) -> None:
-    """A DTensor shares its rank's memory; a fused one, whose shards DTensor has no words for, is a copy of its shard."""
+    """A DTensor shares its rank's memory; a fused one, whose shards DTensor has no words for, is a copy."""
     whole, largest = bytes_of(model().parameters()), max(bytes_of([p]) for p in model().parameters())
     assert reports[0]["gathered"] == len(model().state_dict()) and reports[0]["gathering"] >= whole
     for report in reports[1:]:
@@ -153,7 +153,7 @@ def test_the_count_forgets_what_is_freed() -> None:
 
 
 def test_a_plan_of_a_model_without_values_allocates_nothing() -> None:
-    """Two layers of a large Llama: 1.7 GB of weights that never exist."""
+    """Two layers of a large Llama: 6 GB of weights that never exist."""
     with torch.device("meta"):
         large = tiny_llama(
             hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256

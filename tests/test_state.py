@@ -1,4 +1,4 @@
-"""The state of a parallel model: whole tensors for the untouched model, DTensors for checkpoints, and values for a model without any."""
+"""The state of a parallel model: whole tensors, DTensors for checkpoints, and values for a model without any."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of the house: imports point one way, no model is known by name, the tables have rows and their numbers have sources."""
+"""The shape of the house: imports point one way, no model is known by name, every number in a table has a source."""
 
 from __future__ import annotations
 
@@ -86,9 +86,11 @@ def test_imports_point_one_way(package: str) -> None:
 @pytest.mark.parametrize(
     ("package", "line"),
     [
-        ("costmodel", "import torch"), ("costmodel", "from torch import nn"), ("costmodel", "from passes.ir import Size"),
+        ("costmodel", "import torch"), ("costmodel", "from torch import nn"),
+        ("costmodel", "from passes.ir import Size"),
         ("passes", "import autopar.plan"), ("passes", "import torch.distributed as dist"),
-        ("passes", "def f():\n    from torch import distributed"), ("passes", "import torch\ntorch.distributed.barrier()"),
+        ("passes", "def f():\n    from torch import distributed"),
+        ("passes", "import torch\ntorch.distributed.barrier()"),
         ("autopar", "from tests.models import GPT"), ("autopar", "def f():\n    import pytest"),
     ],
 )  # fmt: skip

@@ -269,7 +269,7 @@ class KeywordOnly(nn.Module):
 
 
 def keyword_only() -> Example:
-    """Keyword-only tensors, baked arguments, a frozen layer under no_grad, a counter, outputs that are ready early, two loss terms."""
+    """Keyword-only tensors, baked arguments, a frozen layer under no_grad, a counter, early outputs, two loss terms."""
     return Example(
         KeywordOnly(), {"x": _floats(6, 16), "weight": _floats(6, 16, seed=1).abs(), "power": 2, "names": ("a",)}
     )
@@ -408,8 +408,9 @@ def whisper(attention: str) -> Example:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig(
-        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
-        decoder_ffn_dim=48, vocab_size=64, num_mel_bins=8, max_source_positions=16, max_target_positions=32, decoder_start_token_id=1,
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=64, num_mel_bins=8, max_source_positions=16,
+        max_target_positions=32, decoder_start_token_id=1,
         suppress_tokens=None, begin_suppress_tokens=None, attn_implementation=attention, **_ENDS,
     )  # fmt: skip
     return Example(
@@ -418,8 +419,8 @@ def whisper(attention: str) -> Example:
 
 
 _PLAIN = (
-    mlp, multihead_attention, attention_weights, transformer_encoder, transformer, gpt, gpt_by_hand, resnet, resnet_training, unet, lstm,
-    two_towers, keyword_only,
+    mlp, multihead_attention, attention_weights, transformer_encoder, transformer, gpt, gpt_by_hand, resnet,
+    resnet_training, unet, lstm, two_towers, keyword_only,
 )  # fmt: skip
 _HUGGING_FACE = (gpt2, llama, mistral, qwen3, gemma2, phi3, gpt_neox, mixtral, mixtral_batched, bert, t5, vit, whisper)
 

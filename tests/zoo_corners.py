@@ -66,7 +66,7 @@ class MovingAverage(Stack):
 
 
 class OtherTypes(Stack):
-    """Integers, booleans and values without gradient go from early layers to late ones; labels come from frozen ones."""
+    """Integers, booleans and values without gradient go from early layers to late ones; frozen ones make labels."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""`python tests/zoo_table.py [model ...] [--layouts 2x1,1x4] [--bf16]`: every model of the zoo on every layout (tp x pp)
-against the untouched model.
+"""`python tests/zoo_table.py [model ...] [--layouts 2x1,1x4] [--bf16]`: every model of the zoo on every layout
+(tp x pp) against the untouched model.
 
 Prints the difference of the loss, the worst relative difference of a gradient or buffer, how many parameters are split
 over tp, and the ops that stayed whole for want of a rule. Exit status 1 if any differs.

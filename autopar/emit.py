@@ -228,7 +228,7 @@ def emit_loss_weights(plan: Plan) -> tuple[str, set[str]]:
         if node.op == "call_function":
             body.statement(node)
     output = next(node for node in module.graph.nodes if node.op == "output")
-    returned = [body.argument(value, inside=True) for value in output.args[0]]  # type: ignore[union-attr]
+    returned = [body.argument(value, inside=True) for value in output.args[0]]
     # what stages have as self.p and self.device
     text = re.sub(r"#.*", "", "\n".join([*body.lines, *returned]))
     names += [name for name, use in (("p", 'p("'), ("device", "device=device")) if use in text]

@@ -256,7 +256,7 @@ def _collectives(module: fx.GraphModule) -> dict[str, str]:
             while user is not None and steps < 4 and isinstance(sharding(user).get("tp"), Partial):
                 following = next((u for u in user.users if u.meta.get("reshard")), None)
                 if following is not None:
-                    found[str(node.target)] = following.target.__name__  # type: ignore[union-attr]
+                    found[str(node.target)] = following.target.__name__
                     break
                 user, steps = next(iter(user.users), None), steps + 1
     return found

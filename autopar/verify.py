@@ -83,7 +83,8 @@ def verify(
     """Compare one step on tp x pp ranks with the untouched model on the same batch: loss, every gradient, every buffer.
 
     Takes the options of `parallelize`. Tolerances are relative; by default 1e-6 for the loss and 1e-5 for gradients and buffers in
-    fp32, 4e-2 in bf16. The model is not modified. WeightsMissing for a model on the meta device.
+    fp32, 4e-2 in bf16. Dropout is off: its numbers are others on other ranks. The model is not modified. WeightsMissing for a model on
+    the meta device.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise WeightsMissing("verify has to run the model, and it is on the meta device", use="a model with weights (random ones will do)")
@@ -94,6 +95,10 @@ def verify(
         raise BadArgument("there is no loss to compare", why="the model returns none", use="loss_fn=..., or example inputs with labels")
     reference = copy.deepcopy(model)
     reference.zero_grad()
+    par.eval()
+    for module in reference.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):  # its mode is in the traced program
+            module.training = False
     expected = _reference_step(par, reference, args, kwargs, loss_fn)
     loss = par.step(*args, **kwargs)
     ranks = par._ranks()

@@ -67,7 +67,7 @@ class _Localizer:
                 with self.graph.inserting_before(output):
                     whole = self._placed(original, Replicate())
                 if whole is not copy:
-                    output.args = (fx.map_arg(output.args[0], lambda n, c=copy, w=whole: w if n is c else n),)
+                    output.replace_input_with(copy, whole)
                     copy.meta.pop("loss")
                     whole.meta["loss"] = True
 

@@ -117,7 +117,7 @@ def local_shard(tensor: torch.Tensor, placement: Placement, *, axis_size: int, c
     blocks = segment_sizes(size, placement.segments)
     if blocks is None or not divides(size, placement.segments, axis_size):
         raise UnevenShard(f"cannot split dim {placement.dim} of {tuple(tensor.shape)} in blocks {placement.segments} over {axis_size} ranks")
-    pieces = [block.chunk(axis_size, placement.dim)[coord] for block in tensor.split(list(blocks), placement.dim)]  # type: ignore[arg-type]
+    pieces = [block.chunk(axis_size, placement.dim)[coord] for block in tensor.split(list(blocks), placement.dim)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, placement.dim)
 
 

@@ -327,7 +327,7 @@ class _Problem:
         if not any(kept):
             raise _Infeasible
         for lists in (self.choices, self._own):
-            lists[variable] = [item for item, keep in zip(lists[variable], kept, strict=True) if keep]  # type: ignore[index]
+            lists[variable] = [item for item, keep in zip(lists[variable], kept, strict=True) if keep]
         for key in [key for key in self._wants if key[0] is node]:
             del self._wants[key]
         return True

@@ -295,6 +295,13 @@ def test_a_batch_without_any_label_gives_nan_as_the_model_does() -> None:
     par.close()
 
 
+def test_verify_compares_without_dropout() -> None:
+    torch.manual_seed(0)
+    model = tiny_gpt2(attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1)
+    report = autopar.verify(model, causal_batch(), tp=2, pp=2)
+    assert report.ok and model.training, report
+
+
 def test_bfloat16() -> None:
     torch.manual_seed(0)
     report = autopar.verify(GPT(layers=4).bfloat16(), gpt_batch(), tp=2, pp=2)

@@ -17,4 +17,15 @@ from passes.rules import register as register_rule
 
 __version__ = "0.1.0"
 
-__all__ = ["Hardware", "ParallelModel", "Plan", "__version__", "errors", "launch", "parallelize", "register_rule", "schedules", "verify"]
+__all__ = [
+    "Hardware",
+    "ParallelModel",
+    "Plan",
+    "__version__",
+    "errors",
+    "launch",
+    "parallelize",
+    "register_rule",
+    "schedules",
+    "verify",
+]

@@ -79,7 +79,9 @@ class _Body:
         kwargs = {
             key: self.argument(value)
             for key, value in node.kwargs.items()
-            if value is not None and not (key == "pin_memory" and value is False) and not (key == "layout" and value == torch.strided)
+            if value is not None
+            and not (key == "pin_memory" and value is False)
+            and not (key == "layout" and value == torch.strided)
         }
         if isinstance(node.target, torch._ops.OpOverload):
             printer = PRINTERS.get(node.target)
@@ -203,7 +205,10 @@ def emit_stage(stage: StagePlan, plan: Plan) -> tuple[str, set[str]]:
     lines += ["", f"    def forward({', '.join(arguments)}):"]
     lines += ["        p = self.p"] if stage.parameters or stage.buffers else []
     for name in received:
-        lines.append("        " + _with_comment(f"# {name}: from stage {stage.receives[name].source}", stage.receives[name].type).strip())
+        lines.append(
+            "        "
+            + _with_comment(f"# {name}: from stage {stage.receives[name].source}", stage.receives[name].type).strip()
+        )
     lines += [("        " + line) if line else "" for line in body.lines]
     lines.append(f"        return {_returned(returned)}")
     return "\n".join(lines), body.functions
@@ -301,4 +306,3 @@ def _import_lines(names: Sequence[str]) -> list[str]:
 
 def _json_dict(values: Mapping[str, Any]) -> str:
     return "{" + ", ".join(f'"{k}": ' + (f'"{v}"' if isinstance(v, str) else repr(v)) for k, v in values.items()) + "}"
-

@@ -23,8 +23,8 @@ from costmodel.errors import BadArgument, NoLegalSharding
 from costmodel.hardware import Hardware
 from costmodel.memory import training_state_bytes
 from passes.costs import Pricing
-from passes.line import node_cost
 from passes.ir import TensorType, calls, is_state, is_trainable, output_types, tensor_type
+from passes.line import node_cost
 from passes.localize import localize
 from passes.loss import weigh_loss
 from passes.overrides import Overrides

@@ -68,9 +68,16 @@ def parallelize(
     for name, degree in degrees.items():
         if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
             raise BadArgument(f"{name} = {degree!r} is not a degree of parallelism", use="a positive integer")
-    if microbatches is not None and (isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1):
+    if microbatches is not None and (
+        isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1
+    ):
         raise BadArgument(f"microbatches = {microbatches!r}", use="a positive integer, or None")
-    for name, value, only in (("dp", dp, 1), ("zero", zero, 0), ("precision", precision, "fp32"), ("recompute", recompute, "none")):
+    for name, value, only in (
+        ("dp", dp, 1),
+        ("zero", zero, 0),
+        ("precision", precision, "fp32"),
+        ("recompute", recompute, "none"),
+    ):
         if value != only:
             raise BadArgument(f"{name} = {value!r} is not supported by this version", use=f"{name}={only!r}")
     if not isinstance(model, nn.Module):
@@ -97,13 +104,20 @@ def _arguments(example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tup
         return tuple(example_inputs), {}
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
-    raise BadArgument(f"example_inputs is a {type(example_inputs).__name__}", use="a dict of keyword arguments, or a tuple of positional ones")
+    raise BadArgument(
+        f"example_inputs is a {type(example_inputs).__name__}",
+        use="a dict of keyword arguments, or a tuple of positional ones",
+    )
 
 
 def _world_size() -> int:
     import os
 
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return (
+        torch.distributed.get_world_size()
+        if torch.distributed.is_initialized()
+        else int(os.environ.get("WORLD_SIZE", "1"))
+    )
 
 
 def _device(device: torch.device | str | None, model: nn.Module) -> torch.device:
@@ -201,7 +215,11 @@ class ParallelModel:
         if options.plan is not None:
             self._plan = options.plan.check_model(fingerprint(self._traced))
             if dict(self._plan.inputs) != {name: _type_text(value.type) for name, value in self._traced.inputs.items()}:
-                raise BadPlan("the plan was made for other inputs", why=f"it takes {dict(self._plan.inputs)}", use="the arguments it was made with")
+                raise BadPlan(
+                    "the plan was made for other inputs",
+                    why=f"it takes {dict(self._plan.inputs)}",
+                    use="the arguments it was made with",
+                )
         else:
             self._plan = make_plan(
                 self._traced, mesh=options.mesh, microbatches=options.microbatches, schedule=options.schedule, hardware=options.hardware,
@@ -217,7 +235,11 @@ class ParallelModel:
     def plan(self) -> Plan:
         """The plan; BadArgument before the first step if there were no example inputs."""
         if self._plan is None:
-            raise BadArgument("there is no plan yet", why="no example_inputs were given", use="example_inputs=..., or the first step()")
+            raise BadArgument(
+                "there is no plan yet",
+                why="no example_inputs were given",
+                use="example_inputs=..., or the first step()",
+            )
         return self._plan
 
     def _ranks(self) -> Ranks:
@@ -264,13 +286,18 @@ class ParallelModel:
         if 0 < rows < form.plan.microbatches:
             key = ("rows", id(form.plan), rows)
             if key not in self._forms:
-                warnings.warn(f"autopar: a batch of {rows} rows: {rows} microbatches instead of {form.plan.microbatches}", stacklevel=4)
+                warnings.warn(
+                    f"autopar: a batch of {rows} rows: {rows} microbatches instead of {form.plan.microbatches}",
+                    stacklevel=4,
+                )
                 fewer = form.plan.with_microbatches(rows)
                 self._forms[key] = _Form(form.traced, fewer, self._once(fewer, form.traced), self.training)
             form = self._forms[key]
         return form, batch
 
-    def _other_form(self, args: tuple[Any, ...], kwargs: dict[str, Any], misfit: BadArgument | None) -> tuple[_Form, dict[str, torch.Tensor], dict[str, int]]:
+    def _other_form(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], misfit: BadArgument | None
+    ) -> tuple[_Form, dict[str, torch.Tensor], dict[str, int]]:
         """A new form: for a call that fits none of this mode (`misfit`), or the first call in this mode (None)."""
         try:
             traced = self._trace_form(args, kwargs)
@@ -298,16 +325,22 @@ class ParallelModel:
 
     def _check_held(self, plan: Plan) -> None:
         stages = (*plan.stages, *self.plan.stages)
-        updated = {name for stage in stages for node in stage.graph_module.graph.nodes for name in node.meta.get("mutates", ())}
+        updated = {
+            name for stage in stages for node in stage.graph_module.graph.nodes for name in node.meta.get("mutates", ())
+        }
         for stage, main in zip(plan.stages, self.plan.stages, strict=True):
             for name, text in stage.parameters.items():
                 if main.parameters.get(name) != text:
-                    raise BadArgument(f"this call needs {name} as {text!r} on stage {stage.index}, which holds {main.parameters.get(name)!r}")
+                    raise BadArgument(
+                        f"this call needs {name} as {text!r} on stage {stage.index}, which holds {main.parameters.get(name)!r}"
+                    )
             for name in updated.intersection(stage.buffers).difference(main.buffers):
                 raise BadArgument(
                     f"this call updates or reads the buffer {name} on stage {stage.index}, which does not hold it",
                     why=f"the plan was made for {'training' if self._traced_training else 'evaluation'}",
-                    use="the model in the other mode when it is given to parallelize" if self.training != self._traced_training else None,
+                    use="the model in the other mode when it is given to parallelize"
+                    if self.training != self._traced_training
+                    else None,
                 )
 
     def _once(self, plan: Plan, traced: Traced) -> Callable[[], Ranks]:
@@ -404,7 +437,10 @@ class ParallelModel:
             return {}
         known = self._model.state_dict()
         assert self._traced is not None
-        return {name: self._whole_of(name, found) if self._first_name(name) in found else tensor.detach().clone() for name, tensor in known.items()}
+        return {
+            name: self._whole_of(name, found) if self._first_name(name) in found else tensor.detach().clone()
+            for name, tensor in known.items()
+        }
 
     def _first_name(self, name: str) -> str:
         return self.plan.aliases.get(name, name)
@@ -425,9 +461,18 @@ def _same(one: Traced, other: Traced) -> bool:
 
     def parts(traced: Traced) -> tuple[Any, ...]:
         nodes = [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in traced.graph_module.graph.nodes]
-        return nodes, list(traced.inputs.items()), traced.limits, traced.baked, traced.output_spec, list(traced.constants)
+        return (
+            nodes,
+            list(traced.inputs.items()),
+            traced.limits,
+            traced.baked,
+            traced.output_spec,
+            list(traced.constants),
+        )
 
-    return parts(one) == parts(other) and all(torch.equal(tensor, other.constants[name]) for name, tensor in one.constants.items())
+    return parts(one) == parts(other) and all(
+        torch.equal(tensor, other.constants[name]) for name, tensor in one.constants.items()
+    )
 
 
 def _type_text(value: Any) -> str:
@@ -438,4 +483,6 @@ def _type_text(value: Any) -> str:
 
 def programs(plan: Plan) -> list[Program]:
     """Every rank's program, loaded."""
-    return [load_program(plan.source(rank), f"<autopar plan {plan.identity} rank {rank}>") for rank in range(plan.num_ranks)]
+    return [
+        load_program(plan.source(rank), f"<autopar plan {plan.identity} rank {rank}>") for rank in range(plan.num_ranks)
+    ]

@@ -122,7 +122,9 @@ class Plan:
     def placements(self) -> dict[str, ParameterPlacement]:
         """By parameter name (tied parameters under every name)."""
         axes = tuple(self.mesh)
-        found = {name: ParameterPlacement(*parse_notation(text, axes)) for name, text in self.parameter_notation.items()}
+        found = {
+            name: ParameterPlacement(*parse_notation(text, axes)) for name, text in self.parameter_notation.items()
+        }
         return found | {alias: found[name] for alias, name in self.aliases.items() if name in found}
 
     @cached_property
@@ -165,7 +167,9 @@ class Plan:
     def check(self) -> Plan:
         """Prove the plan again. BadPlan (or BadSchedule) says what is inconsistent."""
         if len(self.stages) != self.mesh.get("pp", 1) or len(self.instructions) != len(self.stages):
-            raise BadPlan(f"the plan has {len(self.stages)} stages and {len(self.instructions)} instruction lists for pp = {self.mesh.get('pp', 1)}")
+            raise BadPlan(
+                f"the plan has {len(self.stages)} stages and {len(self.instructions)} instruction lists for pp = {self.mesh.get('pp', 1)}"
+            )
         for name, size in self.mesh.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise BadPlan(f"the mesh axis {name} has size {size!r}", use="a positive integer")
@@ -180,11 +184,15 @@ class Plan:
             held = {str(n.target): n for n in stage.graph_module.graph.nodes if n.op == "get_attr"}
             declared = {**stage.parameters, **stage.buffers}
             if set(held) != set(declared):
-                raise BadPlan(f"stage {stage.index} declares other parameters than its graph reads: {sorted(set(held) ^ set(declared))}")
+                raise BadPlan(
+                    f"stage {stage.index} declares other parameters than its graph reads: {sorted(set(held) ^ set(declared))}"
+                )
             for name, text in stage.parameters.items():
                 shape, sharding = parse_notation(text, axes)
                 if self.parameter_notation.get(name) != text:
-                    raise BadPlan(f"{name} is {text!r} in stage {stage.index}, and {self.parameter_notation.get(name)!r} in the plan's weights")
+                    raise BadPlan(
+                        f"{name} is {text!r} in stage {stage.index}, and {self.parameter_notation.get(name)!r} in the plan's weights"
+                    )
                 node = held[name]
                 if tuple(node.meta["tensor"].shape) != shape or dict(node.meta["sharding"]) != sharding:
                     raise BadPlan(
@@ -193,18 +201,26 @@ class Plan:
                         use="overrides={'placements': {...}} to make a new plan",
                     )
                 for axis, placement in sharding.items():
-                    if isinstance(placement, Shard) and not divides(shape[placement.dim], placement.segments, self.mesh[axis]):
+                    if isinstance(placement, Shard) and not divides(
+                        shape[placement.dim], placement.segments, self.mesh[axis]
+                    ):
                         raise BadPlan(f"{name} is placed as {text!r}, which {axis} = {self.mesh[axis]} does not divide")
             received = {n.name: n.meta["received"] for n in stage.graph_module.graph.nodes if "received" in n.meta}
             if received != {name: value.source for name, value in stage.receives.items()}:
-                raise BadPlan(f"stage {stage.index} declares that it receives {list(stage.receives)}, but its graph takes {list(received)}")
+                raise BadPlan(
+                    f"stage {stage.index} declares that it receives {list(stage.receives)}, but its graph takes {list(received)}"
+                )
             for name, send in stage.sends.items():
-                if any(not stage.index < to < len(self.stages) or name not in self.stages[to].receives for to in send.to):
+                if any(
+                    not stage.index < to < len(self.stages) or name not in self.stages[to].receives for to in send.to
+                ):
                     raise BadPlan(f"stage {stage.index} sends {name} to {send.to}, and not all of them receive it")
             for name, value in stage.receives.items():
                 sent = self.stages[value.source].sends.get(name) if 0 <= value.source < stage.index else None
                 if sent is None or sent.type != value.type or stage.index not in sent.to:
-                    raise BadPlan(f"stage {stage.index} receives {name} ({value.type}) from stage {value.source}, which does not send it")
+                    raise BadPlan(
+                        f"stage {stage.index} receives {name} ({value.type}) from stage {value.source}, which does not send it"
+                    )
         return self
 
     def check_model(self, fingerprint: str) -> Plan:
@@ -221,7 +237,9 @@ class Plan:
     def _to_json(self) -> dict[str, Any]:
         stages = []
         for stage in self.stages:
-            record = {name: getattr(stage, name) for name in ("index", "outputs", "inputs", "parameters", "buffers", "layers")}
+            record = {
+                name: getattr(stage, name) for name in ("index", "outputs", "inputs", "parameters", "buffers", "layers")
+            }
             record["axis_sizes"] = dict(stage.axis_sizes)
             record["partial_gradients"] = list(stage.partial_gradients)
             record["tied"] = {name: list(held) for name, held in stage.tied.items()}
@@ -294,7 +312,9 @@ class Plan:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, BadPlan):
                 raise
-            raise BadPlan("the plan is incomplete or was edited into something unreadable", why=f"{type(error).__name__}: {error}") from error
+            raise BadPlan(
+                "the plan is incomplete or was edited into something unreadable", why=f"{type(error).__name__}: {error}"
+            ) from error
 
     def emit(self, folder: str | Path) -> list[Path]:
         """Write each rank's program, `run.py` that starts them under torchrun, and the plan. Returns the paths."""

@@ -55,7 +55,9 @@ def choose_microbatches(rows: int, num_stages: int) -> int:
 def as_planned(plan: Plan, traced: Traced) -> Overrides:
     """The overrides that make a plan for another form of the same call (other sizes) hold every parameter where `plan` does."""
     used = {str(node.target) for node in traced.graph_module.graph.nodes if is_state(node)}
-    placements = {name: text if "/" in text else "whole" for name, text in plan.parameter_notation.items() if name in used}
+    placements = {
+        name: text if "/" in text else "whole" for name, text in plan.parameter_notation.items() if name in used
+    }
     held: dict[str, tuple[int, ...]] = {}
     for stage in plan.stages:
         for name in stage.parameters:
@@ -76,7 +78,10 @@ def make_plan(
     for note in meeting if count > 1 else ():
         warnings.warn(note, stacklevel=2)
     if count > rows:
-        raise BadArgument(f"{count} microbatches were asked for, and the batch has {rows} rows", use=f"microbatches <= {rows}, or a larger batch")
+        raise BadArgument(
+            f"{count} microbatches were asked for, and the batch has {rows} rows",
+            use=f"microbatches <= {rows}, or a larger batch",
+        )
     row = schedule_named(schedule)
     overrides = overrides or Overrides()
     sizes = {**traced.sizes, "B": -(-rows // count)}
@@ -94,10 +99,19 @@ def make_plan(
     rename(local)
     loss = next((node for node in local.graph.nodes if node.meta.get("loss") and node.op == "call_function"), None)
     cuts = cut(
-        local, pp, pricing=pricing, axis_sizes=mesh, in_flight=lambda stage, stages: row.max_in_flight(stage, stages, count), forced=overrides.cuts
+        local,
+        pp,
+        pricing=pricing,
+        axis_sizes=mesh,
+        in_flight=lambda stage, stages: row.max_in_flight(stage, stages, count),
+        forced=overrides.cuts,
     )
     outputs = _outputs(local)
-    weight_state = {str(node.target) for node in weighted.weights.graph.nodes if is_state(node)} if weighted.weights is not None else set()
+    weight_state = (
+        {str(node.target) for node in weighted.weights.graph.nodes if is_state(node)}
+        if weighted.weights is not None
+        else set()
+    )
     stages = split_stages(local, cuts.stage_of, pp, outputs, loss, weight_state)
     edges, gradient_edges = stage_edges(stages)
     instructions = order(row, pp, count, edges, gradient_edges=gradient_edges)
@@ -112,7 +126,9 @@ def make_plan(
         for node in local.graph.nodes
         if is_state(node) and node.meta.get("kind") == "parameter" and (kind := tensor_type(node)) is not None
     }
-    tied_bytes = max((sum(_local_bytes(name, stage, mesh) for name in stage.tied) for stage in plans), default=0) * count
+    tied_bytes = (
+        max((sum(_local_bytes(name, stage, mesh) for name in stage.tied) for stage in plans), default=0) * count
+    )
     exact = tied_bytes <= TIED_EXACT_BYTES
     timeline = simulate(
         instructions,
@@ -121,7 +137,9 @@ def make_plan(
         send_seconds=lambda source, target: plans[min(source, target)].cost.send_seconds / 2,
     )
     update = max(float(optimizer_seconds(stage.cost.parameter_count, hardware)) for stage in plans)
-    predicted = _predict(plans, timeline.step_seconds + update, timeline.bubble_fraction, count, weighted.module, pricing, hardware, mesh)
+    predicted = _predict(
+        plans, timeline.step_seconds + update, timeline.bubble_fraction, count, weighted.module, pricing, hardware, mesh
+    )
     return Plan(
         model=model_name, fingerprint=fingerprint(traced),
         num_parameters=sum(t.numel() for name, t in traced.state.items() if isinstance(t, torch.nn.Parameter)),
@@ -213,7 +231,11 @@ def _stage_plan(
         receives={c.name: Receive(c.source, text(c.node), c.gradient) for c in stage.receives},
         sends={c.name: Send(c.to, text(c.node), c.gradient) for c in stage.sends},
         outputs={names[leaf]: text(by_name[name]) for leaf, name in stage.outputs},
-        inputs={n.name: inputs[n.name] for n in graph.nodes if n.op == "placeholder" and n.name in inputs and "received" not in n.meta},
+        inputs={
+            n.name: inputs[n.name]
+            for n in graph.nodes
+            if n.op == "placeholder" and n.name in inputs and "received" not in n.meta
+        },
         parameters=parameters,
         buffers={str(n.target): placed(n) for n in state if n.meta.get("kind") != "parameter"},
         partial_gradients=tuple(owed),
@@ -278,7 +300,14 @@ def _predict(
     rate = flops * microbatches / seconds / math.prod(mesh.values()) if seconds else 0.0
     communication = max(stage.cost.collective_seconds + stage.cost.send_seconds for stage in stages) * microbatches
     peak = max(stage.cost.peak_bytes for stage in stages)
-    return Prediction(seconds, peak, bubble, communication, rate / 1e12, rate / hardware.peak_flops.get(dtype, hardware.peak_flops["f32"]))
+    return Prediction(
+        seconds,
+        peak,
+        bubble,
+        communication,
+        rate / 1e12,
+        rate / hardware.peak_flops.get(dtype, hardware.peak_flops["f32"]),
+    )
 
 
 def meeting_notes(places: Sequence[str], microbatches: int, num_stages: int) -> list[str]:
@@ -287,8 +316,12 @@ def meeting_notes(places: Sequence[str], microbatches: int, num_stages: int) -> 
         return []
     where = places[0] + (f" and {len(places) - 1} more" if len(places) > 1 else "")
     if microbatches == 1:
-        return [f"one microbatch, so no overlap of stages: the loss compares rows of the batch with each other: {where}"]
-    return [f"{microbatches} microbatches do not give the whole batch's loss: it compares rows of the batch with each other: {where}; microbatches=1 does"]
+        return [
+            f"one microbatch, so no overlap of stages: the loss compares rows of the batch with each other: {where}"
+        ]
+    return [
+        f"{microbatches} microbatches do not give the whole batch's loss: it compares rows of the batch with each other: {where}; microbatches=1 does"
+    ]
 
 
 def unruled_notes(nodes: Sequence[fx.Node]) -> list[str]:
@@ -301,11 +334,15 @@ def unruled_notes(nodes: Sequence[fx.Node]) -> list[str]:
     notes = []
     for (op, line), paths in where.items():
         named = f"torch.ops.{op}"
-        modules = f" ({len(paths)} times, first in {paths[0]})" if len(paths) > 1 else f" (in {paths[0]})" if paths[0] else ""
+        modules = (
+            f" ({len(paths)} times, first in {paths[0]})" if len(paths) > 1 else f" (in {paths[0]})" if paths[0] else ""
+        )
         if op in RULES:
             notes.append(f"{named} stays whole: its rule does not fit these shapes: {line}{modules}")
         else:
-            notes.append(f'{named} has no rule and stays whole: {line}{modules}; to split it: autopar.register_rule({named}, "... -> ...")')
+            notes.append(
+                f'{named} has no rule and stays whole: {line}{modules}; to split it: autopar.register_rule({named}, "... -> ...")'
+            )
     return notes
 
 
@@ -317,18 +354,26 @@ def _notes(
     tied = {name: held for stage in stages for name, held in stage.tied.items()}
     for name, held in tied.items():
         where = " and ".join(str(stage) for stage in held)
-        how = f"microbatch by microbatch, bitwise as on one device ({tied_bytes / 2**20:.3g} MiB kept)" if exact else "once a step"
+        how = (
+            f"microbatch by microbatch, bitwise as on one device ({tied_bytes / 2**20:.3g} MiB kept)"
+            if exact
+            else "once a step"
+        )
         notes.append(f"{name} is used on stages {where}: each holds it, gradients are summed {how}")
     summed = [name for stage in stages for name in stage.partial_gradients]
     if summed:
-        notes.append(f"whole inside a split region, gradients summed over tp once a step: {', '.join(dict.fromkeys(summed))}")
+        notes.append(
+            f"whole inside a split region, gradients summed over tp once a step: {', '.join(dict.fromkeys(summed))}"
+        )
     if sharded.axis_size > 1:
         notes += unruled_notes(sharded.without_rule)
         notes += _whole_notes(parameters, mesh["tp"])
     notes += loss_notes
     for stage in stages:
         if stage.cost.peak_bytes > hardware.memory_bytes:
-            notes.append(f"stage {stage.index} needs {stage.cost.peak_bytes / 2**30:.3g} GiB, more than {hardware.name} has")
+            notes.append(
+                f"stage {stage.index} needs {stage.cost.peak_bytes / 2**30:.3g} GiB, more than {hardware.name} has"
+            )
     return notes
 
 
@@ -342,6 +387,10 @@ def _whole_notes(parameters: Mapping[str, str], tp: int) -> list[str]:
         if "/tp" in text or len(shapes[name]) < 2 or share < LARGE_SHARE:
             continue
         uneven = [str(size) for size in shapes[name] if size % tp]
-        reason = f"tp = {tp} does not divide {' and '.join(uneven)}" if uneven else "no split of it is cheaper, or an op has no rule"
+        reason = (
+            f"tp = {tp} does not divide {' and '.join(uneven)}"
+            if uneven
+            else "no split of it is cheaper, or an op has no rule"
+        )
         found.setdefault(reason, []).append(f"{name} ({share:.1%} of the parameters)")
     return [f"whole on every rank, because {reason}: {', '.join(names)}" for reason, names in found.items()]

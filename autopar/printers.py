@@ -21,7 +21,9 @@ def _call(name: str, *args: str, **kwargs: str) -> str:
     return f"{name}({', '.join([*args, *(f'{key}={value}' for key, value in kwargs.items())])})"
 
 
-def _drop_defaults(names: tuple[str, ...], defaults: Mapping[str, str], args: tuple[str, ...], kwargs: Mapping[str, str]) -> dict[str, str]:
+def _drop_defaults(
+    names: tuple[str, ...], defaults: Mapping[str, str], args: tuple[str, ...], kwargs: Mapping[str, str]
+) -> dict[str, str]:
     """Trailing arguments as keywords, without the ones that have their default value."""
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     return {name: value for name, value in given.items() if defaults.get(name) != value}
@@ -30,7 +32,11 @@ def _drop_defaults(names: tuple[str, ...], defaults: Mapping[str, str], args: tu
 def _infix(symbol: str) -> Printer:
     def printer(a: str, b: str, **kwargs: str) -> str:
         alpha = kwargs.get("alpha", "1")
-        return f"{a} {symbol} {b}" if alpha == "1" else _call(f"torch.{'add' if symbol == '+' else 'sub'}", a, b, alpha=alpha)
+        return (
+            f"{a} {symbol} {b}"
+            if alpha == "1"
+            else _call(f"torch.{'add' if symbol == '+' else 'sub'}", a, b, alpha=alpha)
+        )
 
     return printer
 
@@ -40,11 +46,17 @@ def _method(name: str) -> Printer:
 
 
 def _sizes_method(name: str) -> Printer:
-    return lambda x, sizes, **kwargs: _call(f"{_operand(x)}.{name}", sizes.removeprefix("[").removesuffix("]"), **kwargs)
+    return lambda x, sizes, **kwargs: _call(
+        f"{_operand(x)}.{name}", sizes.removeprefix("[").removesuffix("]"), **kwargs
+    )
 
 
 def _operand(text: str) -> str:
-    return text if text.replace("_", "a").isalnum() or text.endswith(")") and " " not in text.split("(")[0] else f"({text})"
+    return (
+        text
+        if text.replace("_", "a").isalnum() or (text.endswith(")") and " " not in text.split("(")[0])
+        else f"({text})"
+    )
 
 
 def _function(name: str) -> Printer:
@@ -64,7 +76,9 @@ def _embedding(weight: str, indices: str, padding_idx: str = "-1", scale: str = 
 
 def _cross_entropy(logits: str, target: str, *args: str, **kwargs: str) -> str:
     names = ("weight", "reduction", "ignore_index", "label_smoothing")
-    given = _drop_defaults(names, {"weight": "None", "reduction": "1", "ignore_index": "-100", "label_smoothing": "0.0"}, args, kwargs)
+    given = _drop_defaults(
+        names, {"weight": "None", "reduction": "1", "ignore_index": "-100", "label_smoothing": "0.0"}, args, kwargs
+    )
     if "reduction" in given:
         given["reduction"] = _REDUCTIONS[given["reduction"]]
     return _call("F.cross_entropy", logits, target, **given)
@@ -82,7 +96,12 @@ def _dropout(x: str, p: str, train: str, *, sharded: str) -> str:
 
 def _attention(query: str, key: str, value: str, *args: str, sharded: str, **kwargs: str) -> str:
     names = ("attn_mask", "dropout_p", "is_causal")
-    given = _drop_defaults(names, {"attn_mask": "None", "dropout_p": "0.0", "is_causal": "False", "scale": "None", "enable_gqa": "False"}, args, kwargs)
+    given = _drop_defaults(
+        names,
+        {"attn_mask": "None", "dropout_p": "0.0", "is_causal": "False", "scale": "None", "enable_gqa": "False"},
+        args,
+        kwargs,
+    )
     if "dropout_p" in given:
         more = {"sharded": "True"} if sharded == "True" else {}
         return _call("attention_with_dropout", query, key, value, given.pop("dropout_p"), "self", **given, **more)
@@ -91,10 +110,16 @@ def _attention(query: str, key: str, value: str, *args: str, sharded: str, **kwa
 
 def _to_dtype(x: str, dtype: str, *args: str, **kwargs: str) -> str:
     rest = [arg for arg in args if arg != "False"]
-    return _call(f"{_operand(x)}.to", dtype) if not rest and not kwargs else _call("aten.to.dtype", x, dtype, *args, **kwargs)
+    return (
+        _call(f"{_operand(x)}.to", dtype)
+        if not rest and not kwargs
+        else _call("aten.to.dtype", x, dtype, *args, **kwargs)
+    )
 
 
-def _layer_norm(x: str, shape: str, weight: str = "None", bias: str = "None", eps: str = "1e-05", cudnn: str = "False") -> str:
+def _layer_norm(
+    x: str, shape: str, weight: str = "None", bias: str = "None", eps: str = "1e-05", cudnn: str = "False"
+) -> str:
     del cudnn  # F.layer_norm passes torch.backends.cudnn.enabled; the kernels do not read it
     return _call("F.layer_norm", x, shape, weight, bias, eps)
 

@@ -193,7 +193,10 @@ def _with_deletions(function: ast.FunctionDef) -> list[ast.stmt]:
     names = [[node.id for node in ast.walk(statement) if isinstance(node, ast.Name)] for statement in function.body]
     arguments = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
     local = arguments - {"self"} | {
-        node.id for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        node.id
+        for statement in function.body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
     last = {name: index for index, used in enumerate(names) for name in used if name in local}
     body: list[ast.stmt] = []

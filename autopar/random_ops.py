@@ -54,7 +54,9 @@ def attention_with_dropout(
         scores = scores.masked_fill(~allowed, float("-inf"))
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
-    probabilities = torch.ops.aten._safe_softmax.default(scores, -1)  # rows that see nothing give zeros, as torch's own do
+    probabilities = torch.ops.aten._safe_softmax.default(
+        scores, -1
+    )  # rows that see nothing give zeros, as torch's own do
     return dropout(probabilities, dropout_p, stage, sharded=sharded) @ value
 
 
@@ -75,7 +77,9 @@ def draw(op: torch._ops.OpOverload, *args: Any, stage: StageModule, sharded: boo
             default.set_state(before)
 
 
-def _in_evaluation(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _in_evaluation(
+    op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for position, argument in enumerate(op._schema.arguments):
         if argument.name in ("train", "training"):
             if position < len(args):

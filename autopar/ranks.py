@@ -16,7 +16,16 @@ from autopar.runtime.threads import ThreadRanks
 from autopar.runtime.worker import Worker
 from autopar.runtime.world import World
 from autopar.state import (
-    check_names, check_shape, gather_whole, local_piece, local_shape_of, local_tensors, require_values, split_axis, stage_of_parameter, text_of,
+    check_names,
+    check_shape,
+    gather_whole,
+    local_piece,
+    local_shape_of,
+    local_tensors,
+    require_values,
+    split_axis,
+    stage_of_parameter,
+    text_of,
 )  # fmt: skip
 from autopar.trace import Traced
 from passes.placement import Shard, parse_notation, parse_type
@@ -71,8 +80,12 @@ def _loadable(plan: Plan, traced: Traced, state_dict: Mapping[str, torch.Tensor]
     known = {*traced.state, *traced.constants}
     for name, tensor in state_dict.items():
         by_first[plan.aliases.get(name, name)] = tensor
-    check_names({name: None for name in by_first if name not in known}, (), "the state dict") if any(n not in known for n in by_first) else None
-    missing = [name for name in wanted if name not in by_first and name in traced.state and name not in traced.constants]
+    check_names({name: None for name in by_first if name not in known}, (), "the state dict") if any(
+        n not in known for n in by_first
+    ) else None
+    missing = [
+        name for name in wanted if name not in by_first and name in traced.state and name not in traced.constants
+    ]
     if missing:
         check_names({name: None for name in wanted if name not in missing}, wanted, "the state dict")
     for name, text in wanted.items():
@@ -106,15 +119,22 @@ def _shared_buffers(plan: Plan, traced: Traced, rank: int, device: torch.device,
 class ThreadedRanks:
     """All ranks as threads of this process."""
 
-    def __init__(self, plan: Plan, traced: Traced, device: torch.device, seed: int, like: ThreadedRanks | None = None) -> None:
+    def __init__(
+        self, plan: Plan, traced: Traced, device: torch.device, seed: int, like: ThreadedRanks | None = None
+    ) -> None:
         self.plan, self.traced, self.device, self.seed = plan, traced, device, seed
         if like is None:
-            pairs = [local_tensors(plan, rank, _state(traced), device, _requires_grad(traced)) for rank in range(plan.num_ranks)]
+            pairs = [
+                local_tensors(plan, rank, _state(traced), device, _requires_grad(traced))
+                for rank in range(plan.num_ranks)
+            ]
             self.parameters_of = [parameters for parameters, _ in pairs]
             self.buffers_of = [buffers for _, buffers in pairs]
         else:
             self.parameters_of = like.parameters_of
-            self.buffers_of = [_shared_buffers(plan, traced, rank, device, shared) for rank, shared in enumerate(like.buffers_of)]
+            self.buffers_of = [
+                _shared_buffers(plan, traced, rank, device, shared) for rank, shared in enumerate(like.buffers_of)
+            ]
         self._threads: ThreadRanks | None = None
         self._training = True
 
@@ -124,7 +144,13 @@ class ThreadedRanks:
                 require_values([*parameters.items(), *buffers.items()])
             programs = [_program(self.plan, rank) for rank in range(self.plan.num_ranks)]
             self._threads = ThreadRanks(
-                programs, self.parameters_of, self.buffers_of, self.plan.mesh, self.plan.microbatches, device=self.device, seed=self.seed
+                programs,
+                self.parameters_of,
+                self.buffers_of,
+                self.plan.mesh,
+                self.plan.microbatches,
+                device=self.device,
+                seed=self.seed,
             )
         return self._threads
 
@@ -188,14 +214,23 @@ class ThreadedRanks:
         return whole | {alias: whole[name] for alias, name in self.plan.aliases.items() if name in whole}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        wanted = {name: text_of(stage, name) for stage in self.plan.stages for name in (*stage.parameters, *stage.buffers)}
-        values = _loadable(self.plan, self.traced, state_dict, {n: t for n, t in wanted.items() if n in state_dict or n in self.plan.parameter_notation})
+        wanted = {
+            name: text_of(stage, name) for stage in self.plan.stages for name in (*stage.parameters, *stage.buffers)
+        }
+        values = _loadable(
+            self.plan,
+            self.traced,
+            state_dict,
+            {n: t for n, t in wanted.items() if n in state_dict or n in self.plan.parameter_notation},
+        )
         for rank in range(self.plan.num_ranks):
             coords = self.plan.coords(rank)
             for tensors in (self.parameters_of[rank], self.buffers_of[rank]):
                 for name in list(tensors):
                     if name in values:
-                        tensors[name] = _assign(tensors[name], local_piece(values[name], wanted[name], self.plan, coords))  # type: ignore[assignment]
+                        tensors[name] = _assign(
+                            tensors[name], local_piece(values[name], wanted[name], self.plan, coords)
+                        )  # type: ignore[assignment]
 
     def close(self) -> None:
         if self._threads is not None:
@@ -213,12 +248,16 @@ def _whole_output(plan: Plan, text: str, pieces: list[torch.Tensor]) -> torch.Te
 class ProcessRank:
     """This process as one rank of a job."""
 
-    def __init__(self, plan: Plan, traced: Traced, device: torch.device, seed: int, like: ProcessRank | None = None) -> None:
+    def __init__(
+        self, plan: Plan, traced: Traced, device: torch.device, seed: int, like: ProcessRank | None = None
+    ) -> None:
         self.plan, self.traced, self.seed = plan, traced, seed
         self.world = World.from_environment(plan.mesh, device=device)
         self.rank, self.coords = self.world.rank, self.world.coords
         if like is None:
-            self.parameters, self.buffers = local_tensors(plan, self.rank, _state(traced), self.world.device, _requires_grad(traced))
+            self.parameters, self.buffers = local_tensors(
+                plan, self.rank, _state(traced), self.world.device, _requires_grad(traced)
+            )
         else:
             self.parameters = like.parameters
             self.buffers = _shared_buffers(plan, traced, self.rank, self.world.device, like.buffers)
@@ -229,7 +268,9 @@ class ProcessRank:
     def worker(self) -> Worker:
         if self._worker is None:
             require_values([*self.parameters.items(), *self.buffers.items()])
-            self._worker = Worker(_program(self.plan, self.rank), self.world, self.parameters, self.buffers, seed=self.seed)
+            self._worker = Worker(
+                _program(self.plan, self.rank), self.world, self.parameters, self.buffers, seed=self.seed
+            )
         return self._worker
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -277,7 +318,9 @@ class ProcessRank:
         axis = self.world.axis(found[0])
         pieces = tensor.new_empty((axis.size, *tensor.shape))
         pieces[axis.coord] = tensor
-        for coord in range(axis.size):  # piece by piece: a gather over gloo takes more than the whole tensor's memory again
+        for coord in range(
+            axis.size
+        ):  # piece by piece: a gather over gloo takes more than the whole tensor's memory again
             axis.broadcast(pieces[coord], coord)
         return pieces
 
@@ -334,9 +377,15 @@ class ProcessRank:
                 assert isinstance(placement, Shard)
                 local = tensor.detach()
                 if placement.segments != 1:  # DTensor knows contiguous shards only
-                    local = self._gathered(name).chunk(self.plan.mesh[split[0]], placement.dim)[self.coords[split[0]]].contiguous()
+                    local = (
+                        self._gathered(name)
+                        .chunk(self.plan.mesh[split[0]], placement.dim)[self.coords[split[0]]]
+                        .contiguous()
+                    )
                 stride = torch.empty(whole, device="meta").stride()
-                value = DTensor.from_local(local, mesh, [DShard(placement.dim)], run_check=False, shape=torch.Size(whole), stride=stride)
+                value = DTensor.from_local(
+                    local, mesh, [DShard(placement.dim)], run_check=False, shape=torch.Size(whole), stride=stride
+                )
             found[name] = value
         return found | {alias: found[name] for alias, name in self.plan.aliases.items() if name in found}
 
@@ -352,7 +401,9 @@ class ProcessRank:
                 if name in values:
                     value = values[name]
                     whole = value.full_tensor() if isinstance(value, DTensor) else value
-                    tensors[name] = _assign(tensors[name], local_piece(whole.to(self.world.device), wanted[name], self.plan, self.coords))  # type: ignore[assignment]
+                    tensors[name] = _assign(
+                        tensors[name], local_piece(whole.to(self.world.device), wanted[name], self.plan, self.coords)
+                    )  # type: ignore[assignment]
 
     def close(self) -> None:
         self.world.close()

@@ -46,7 +46,8 @@ def local_tensors(
         piece = local_piece(state[name], text, plan, coords).to(device if not state[name].is_meta else "meta")
         parameters[name] = nn.Parameter(piece, requires_grad=requires_grad(name))
     buffers = {
-        name: local_piece(state[name], text, plan, coords).to(device if not state[name].is_meta else "meta") for name, text in stage.buffers.items()
+        name: local_piece(state[name], text, plan, coords).to(device if not state[name].is_meta else "meta")
+        for name, text in stage.buffers.items()
     }
     return parameters, buffers
 
@@ -88,7 +89,15 @@ def check_names(given: Mapping[str, Any], expected: Iterable[str], what: str) ->
     if missing or unknown:
         raise DifferentModel(
             f"{what} is of another model",
-            why="; ".join(filter(None, (f"missing: {', '.join(missing[:6])}" if missing else "", f"unknown: {', '.join(unknown[:6])}" if unknown else ""))),
+            why="; ".join(
+                filter(
+                    None,
+                    (
+                        f"missing: {', '.join(missing[:6])}" if missing else "",
+                        f"unknown: {', '.join(unknown[:6])}" if unknown else "",
+                    ),
+                )
+            ),
         )
 
 

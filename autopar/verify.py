@@ -62,10 +62,21 @@ class Report:
             f"loss {self.loss:.9g}, untouched {self.loss_reference:.9g}, difference {self.loss_difference:.3g} (tolerance {self.loss_tolerance:.0e} relative)",
         ]
         shown = sorted(self.differences, key=lambda d: -d.relative)
-        rows = [(d.name, d.kind, f"{d.absolute:.3g}", f"{d.relative:.3g}", "" if d.relative <= self.tolerance else "differs") for d in shown[:12]]
+        rows = [
+            (
+                d.name,
+                d.kind,
+                f"{d.absolute:.3g}",
+                f"{d.relative:.3g}",
+                "" if d.relative <= self.tolerance else "differs",
+            )
+            for d in shown[:12]
+        ]
         lines.append(tabulate(rows, headers=("tensor", "kind", "absolute", "relative", ""), disable_numparse=True))
         if len(shown) > 12:
-            lines.append(f"and {len(shown) - 12} more, all within {shown[12].relative:.3g} (tolerance {self.tolerance:.0e})")
+            lines.append(
+                f"and {len(shown) - 12} more, all within {shown[12].relative:.3g} (tolerance {self.tolerance:.0e})"
+            )
         return "\n".join(lines)
 
 
@@ -87,12 +98,19 @@ def verify(
     the meta device.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise WeightsMissing("verify has to run the model, and it is on the meta device", use="a model with weights (random ones will do)")
+        raise WeightsMissing(
+            "verify has to run the model, and it is on the meta device",
+            use="a model with weights (random ones will do)",
+        )
     args, kwargs = _arguments(example_inputs)
     par = parallelize(model, example_inputs, tp=tp, pp=pp, loss_fn=loss_fn, **options)
     assert par._traced is not None
     if par._traced.loss is None:
-        raise BadArgument("there is no loss to compare", why="the model returns none", use="loss_fn=..., or example inputs with labels")
+        raise BadArgument(
+            "there is no loss to compare",
+            why="the model returns none",
+            use="loss_fn=..., or example inputs with labels",
+        )
     reference = copy.deepcopy(model)
     reference.zero_grad()
     par.eval()
@@ -104,7 +122,9 @@ def verify(
     ranks = par._ranks()
     assert isinstance(ranks, ThreadedRanks)
     first_names = dict(reference.named_parameters(remove_duplicate=True))
-    largest = max((p.grad.abs().max().item() for p in first_names.values() if p.grad is not None and p.grad.numel()), default=0.0)
+    largest = max(
+        (p.grad.abs().max().item() for p in first_names.values() if p.grad is not None and p.grad.numel()), default=0.0
+    )
     differences = []
     for name, parameter in first_names.items():
         if name in par.plan.parameter_notation:
@@ -125,7 +145,9 @@ def verify(
     return Report(ok, loss.item(), expected.item(), off, worst, tuple(differences), loss_tolerance, tolerance, par.plan)
 
 
-def _reference_step(par: Any, reference: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_fn: Callable[..., Any] | None) -> torch.Tensor:
+def _reference_step(
+    par: Any, reference: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_fn: Callable[..., Any] | None
+) -> torch.Tensor:
     """Forward and backward of the untouched model; the loss. Buffers end up as they do by the plan's microbatches."""
     plan: Plan = par.plan
     signature = par._traced.signature
@@ -146,7 +168,9 @@ def _reference_step(par: Any, reference: nn.Module, args: tuple[Any, ...], kwarg
     for index, part in enumerate(parts):
         again = signature.rebuild(args, kwargs, [part[name] for name in plan.inputs])
         if felt:
-            expected = _reference_loss(reference, again, loss_fn) * (weights[index] / sum(weights) if weights[0] is not None else 1.0)
+            expected = _reference_loss(reference, again, loss_fn) * (
+                weights[index] / sum(weights) if weights[0] is not None else 1.0
+            )
             expected.backward()
             loss = loss + expected.detach()
         else:
@@ -173,13 +197,17 @@ def _buffer_updates(plan: Plan) -> tuple[bool, bool]:
             names = node.meta.get("mutates", ())
             updates = updates or bool(names)
             reads = [n for n in nodes if n.op == "get_attr" and n.target in names]
-            felt = felt or bool(names) and (bool(node.users) or any(len(n.users) > 1 for n in reads))
+            felt = felt or (bool(names) and (bool(node.users) or any(len(n.users) > 1 for n in reads)))
     return updates, felt
 
 
 def _weight(plan: Plan, part: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Any:
     """What a microbatch counts in the batch's loss; None if the loss is a sum. BadArgument for a loss of several terms."""
-    loss = next(node for node in plan.stages[-1].graph_module.graph.nodes if node.meta.get("loss") and node.op == "call_function")
+    loss = next(
+        node
+        for node in plan.stages[-1].graph_module.graph.nodes
+        if node.meta.get("loss") and node.op == "call_function"
+    )
     if plan.loss_weights is None:
         return None
     if not any(isinstance(arg, fx.Node) and "loss_share" in arg.meta for arg in loss.args):
@@ -188,10 +216,14 @@ def _weight(plan: Plan, part: Mapping[str, torch.Tensor], sizes: Mapping[str, in
             use="microbatches=1",
         )  # fmt: skip
     given = {**part, **sizes}
-    return plan.loss_weights(*(given[str(node.target)] for node in plan.loss_weights.graph.nodes if node.op == "placeholder"))[0]
+    return plan.loss_weights(
+        *(given[str(node.target)] for node in plan.loss_weights.graph.nodes if node.op == "placeholder")
+    )[0]
 
 
-def _reference_loss(reference: nn.Module, call: tuple[Any, dict[str, Any]], loss_fn: Callable[..., Any] | None) -> torch.Tensor:
+def _reference_loss(
+    reference: nn.Module, call: tuple[Any, dict[str, Any]], loss_fn: Callable[..., Any] | None
+) -> torch.Tensor:
     bound, targets = call
     output = reference(*bound.args, **bound.kwargs)
     if loss_fn is not None:
@@ -203,7 +235,9 @@ def _reference_loss(reference: nn.Module, call: tuple[Any, dict[str, Any]], loss
     return output.loss if isinstance(getattr(output, "loss", None), torch.Tensor) else output[0]
 
 
-def _compare(name: str, kind: str, found: torch.Tensor | None, expected: torch.Tensor | None, floor: float) -> Difference:
+def _compare(
+    name: str, kind: str, found: torch.Tensor | None, expected: torch.Tensor | None, floor: float
+) -> Difference:
     if found is None or expected is None:
         there = found if found is not None else expected
         size = there.abs().max().item() if there is not None and there.numel() else 0.0

@@ -218,8 +218,15 @@ class _Functionaliser:
         if function is None or not (name.endswith("_") and tensor_type(node) == kind):
             raise self.refusal(node, f"the in-place op {name} has no ordinary form")
         defaults = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}  # type: ignore[union-attr]
-        for position, wanted in enumerate(function._schema.arguments):  # what the in-place op leaves to a default, and this one does not
-            if position >= len(args) and wanted.name not in kwargs and not wanted.has_default_value() and wanted.name in defaults:
+        for position, wanted in enumerate(
+            function._schema.arguments
+        ):  # what the in-place op leaves to a default, and this one does not
+            if (
+                position >= len(args)
+                and wanted.name not in kwargs
+                and not wanted.has_default_value()
+                and wanted.name in defaults
+            ):
                 kwargs = {**kwargs, wanted.name: defaults[wanted.name]}
         promoted = kind.dtype
         for arg in (arg for arg in args[1:] if isinstance(arg, fx.Node) and tensor_type(arg) is not None):

@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 import sympy
-from torch import fx
 
 from costmodel.cost import Cost
 from costmodel.hardware import Hardware, Link
@@ -71,15 +70,26 @@ class Pricing:
             total *= self.number(size)
         return total
 
-    def cost(self, call: Call, differentiable: tuple[bool, ...], strategy: Strategy | None = None, axis_size: int = 1) -> Cost:
+    def cost(
+        self, call: Call, differentiable: tuple[bool, ...], strategy: Strategy | None = None, axis_size: int = 1
+    ) -> Cost:
         """The numeric cost of a call on one rank under a strategy (None: whole)."""
-        placements = strategy.inputs + strategy.outputs if strategy else (None,) * (len(call.inputs) + len(call.outputs))
-        shapes = [self.shape(value, placement, axis_size) for value, placement in zip((*call.inputs, *call.outputs), placements, strict=True)]
-        return op_cost(op_name(call.op), shapes[: len(call.inputs)], shapes[len(call.inputs) :], differentiable, _is_causal(call))
+        placements = (
+            strategy.inputs + strategy.outputs if strategy else (None,) * (len(call.inputs) + len(call.outputs))
+        )
+        shapes = [
+            self.shape(value, placement, axis_size)
+            for value, placement in zip((*call.inputs, *call.outputs), placements, strict=True)
+        ]
+        return op_cost(
+            op_name(call.op), shapes[: len(call.inputs)], shapes[len(call.inputs) :], differentiable, _is_causal(call)
+        )
 
     def seconds(self, cost: Cost, value: TensorType | None) -> tuple[float, float]:
         """(forward, backward) seconds of a numeric cost; `value` gives the dtype of the arithmetic."""
-        dtype = DTYPE_NAMES[value.dtype] if value is not None and DTYPE_NAMES.get(value.dtype) in MATMUL_DTYPES else "f32"
+        dtype = (
+            DTYPE_NAMES[value.dtype] if value is not None and DTYPE_NAMES.get(value.dtype) in MATMUL_DTYPES else "f32"
+        )
         return (
             forward_seconds(cost, dtype=dtype, hardware=self.hardware),
             backward_seconds(cost, dtype=dtype, hardware=self.hardware),
@@ -89,7 +99,9 @@ class Pricing:
         """The link a mesh axis of this size uses."""
         return self.hardware.link(axis_size)
 
-    def reshard_seconds(self, value: TensorType, have: Placement, want: Placement, axis_size: int, trainable: bool, regroup: bool = True) -> float:
+    def reshard_seconds(
+        self, value: TensorType, have: Placement, want: Placement, axis_size: int, trainable: bool, regroup: bool = True
+    ) -> float:
         """Forward plus backward seconds of a reshard of one value."""
         return reshard_seconds(
             have, want, num_bytes=self.num_bytes(value), axis_size=axis_size, hardware=self.hardware,

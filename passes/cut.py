@@ -101,7 +101,11 @@ def _clean(line: Line, found: Sequence[int], share: float) -> list[int]:
 
 def _thinned(line: Line, found: list[int]) -> list[int]:
     """At most MOST_PLACES, those where least crosses."""
-    return sorted(sorted(found, key=lambda place: line.crossing[place])[:MOST_PLACES]) if len(found) > MOST_PLACES else found
+    return (
+        sorted(sorted(found, key=lambda place: line.crossing[place])[:MOST_PLACES])
+        if len(found) > MOST_PLACES
+        else found
+    )
 
 
 @dataclass
@@ -125,7 +129,9 @@ class _Search:
         times = self._at_points([cost.forward_seconds + cost.backward_seconds for cost in costs])
         self.sends = torch.tensor([self._send_seconds(k) for k in range(len(self.points))], dtype=torch.float64)
         ordered = torch.ones(len(self.points), len(self.points), dtype=torch.bool).triu(1)
-        self.seconds = (times.unsqueeze(0) - times.unsqueeze(1) + self.sends.unsqueeze(0)).masked_fill(~ordered, float("inf"))
+        self.seconds = (times.unsqueeze(0) - times.unsqueeze(1) + self.sends.unsqueeze(0)).masked_fill(
+            ~ordered, float("inf")
+        )
         kept = self._at_points([cost.saved_bytes for cost in costs])
         # counted at the first use of each parameter; a tied parameter's second copy is little beside the rest
         first = [sum(numel for numel, previous in uses if previous < 0) for uses in self.line.first_use]
@@ -134,7 +140,9 @@ class _Search:
         self.tables = []
         for stage in range(self.num_stages):
             saved = (kept.unsqueeze(0) - kept.unsqueeze(1)) * self.in_flight(stage, self.num_stages)
-            self.tables.append(self.seconds.masked_fill(state.unsqueeze(0) - state.unsqueeze(1) + saved > capacity, float("inf")))
+            self.tables.append(
+                self.seconds.masked_fill(state.unsqueeze(0) - state.unsqueeze(1) + saved > capacity, float("inf"))
+            )
         self.bottleneck, self.fits = self._least_maximum(), True
         if self.bottleneck == float("inf"):
             self.tables, self.fits = [self.seconds] * self.num_stages, False
@@ -151,7 +159,9 @@ class _Search:
         num_ranks = self.num_stages * max(self.axis_sizes.values(), default=1)
         link = hardware.inside if num_ranks <= hardware.devices_per_node else hardware.across
         messages = max(self.line.num_crossing[place] - 1, 0) * link.latency_seconds  # each further value is one more
-        return 2 * (float(send_seconds(num_bytes=self.line.crossing[place], link=link)) + messages)  # there, and its gradient back
+        return 2 * (
+            float(send_seconds(num_bytes=self.line.crossing[place], link=link)) + messages
+        )  # there, and its gradient back
 
     def _least_maximum(self) -> float:
         best = self.tables[0][0]
@@ -166,7 +176,11 @@ class _Search:
         total[0] = 0.0
         choices: list[torch.Tensor] = []
         for table in self.tables:
-            price = self.sends.unsqueeze(0) + (table - even) ** 2 / (1e3 * even) if even else self.sends.unsqueeze(0) + table * 0
+            price = (
+                self.sends.unsqueeze(0) + (table - even) ** 2 / (1e3 * even)
+                if even
+                else self.sends.unsqueeze(0) + table * 0
+            )
             price = price.masked_fill(table > self.bottleneck * SLACK, float("inf"))
             total, choice = (total.unsqueeze(1) + price).min(0)
             choices.append(choice)
@@ -193,15 +207,28 @@ def cut(
         return _Search(line, [0, *places, len(line.nodes)], num_stages, pricing, axis_sizes, in_flight)
 
     if forced:
-        best = search(_held_places(line, forced, num_stages) if isinstance(forced, Mapping) else _forced_places(line, forced, num_stages))
+        best = search(
+            _held_places(line, forced, num_stages)
+            if isinstance(forced, Mapping)
+            else _forced_places(line, forced, num_stages)
+        )
     else:
         best = _best(line, num_stages, search)
     ends = best.ends()
     places = [best.points[k] for k in ends]
     stage_of = {node: stage for stage in range(num_stages) for node in line.nodes[places[stage] : places[stage + 1]]}
-    costs = tuple(_stage_cost(line, places, stage, float(best.sends[ends[stage + 1]]), in_flight(stage, num_stages)) for stage in range(num_stages))
+    costs = tuple(
+        _stage_cost(line, places, stage, float(best.sends[ends[stage + 1]]), in_flight(stage, num_stages))
+        for stage in range(num_stages)
+    )
     capacity = pricing.hardware.memory_bytes / 2**30
-    notes = [] if best.fits else [f"no cut into {num_stages} stages fits {capacity:.0f} GiB a device: the stages are balanced by time alone"]
+    notes = (
+        []
+        if best.fits
+        else [
+            f"no cut into {num_stages} stages fits {capacity:.0f} GiB a device: the stages are balanced by time alone"
+        ]
+    )
     if not forced:
         explained = min(num_stages - 1, MOST_EXPLAINED)
         notes += [_why(best, ends, stage) for stage in range(explained)]
@@ -242,16 +269,23 @@ def _stage_cost(line: Line, places: Sequence[int], stage: int, sends: float, in_
 
 def _forced_places(line: Line, forced: Sequence[str], num_stages: int) -> list[int]:
     if len(forced) != num_stages - 1:
-        raise BadArgument(f"{len(forced)} cuts were given for {num_stages} stages", use=f"{num_stages - 1} module paths")
+        raise BadArgument(
+            f"{len(forced)} cuts were given for {num_stages} stages", use=f"{num_stages - 1} module paths"
+        )
     places = []
     for path in forced:
-        place = next((k for k, n in enumerate(line.nodes) if origin(n).path == path or origin(n).path.startswith(path + ".")), None)
+        place = next(
+            (k for k, n in enumerate(line.nodes) if origin(n).path == path or origin(n).path.startswith(path + ".")),
+            None,
+        )
         if place is None:
             known = sorted({origin(n).path.rsplit(".", 1)[0] for n in line.nodes if origin(n).path})
             raise BadArgument(f"cannot cut before {path!r}: no call comes from that module", use=", ".join(known[:12]))
         places.append(place)
         if line.crossing[place] >= NEVER:
-            raise BadArgument(f"cannot cut before {path!r}: it would part an op's results, or the readers of a buffer that forward updates")
+            raise BadArgument(
+                f"cannot cut before {path!r}: it would part an op's results, or the readers of a buffer that forward updates"
+            )
     if sorted(set(places)) != places or places[0] == 0:
         raise BadArgument(f"the cuts {', '.join(forced)} are not in the model's order, or leave a stage empty")
     return places
@@ -270,7 +304,9 @@ def _held_places(line: Line, held: Held, num_stages: int) -> list[int]:
                 elif stages and min(stages) >= stage:
                     high = min(high, k)
         if low > high:
-            raise BadArgument(f"this call of the model uses parameters in another order: it cannot be cut before stage {stage} as planned")
+            raise BadArgument(
+                f"this call of the model uses parameters in another order: it cannot be cut before stage {stage} as planned"
+            )
         places.append(min(range(low, high + 1), key=lambda k: (line.crossing[k], k)))
     return places
 

@@ -22,7 +22,9 @@ LARGEST_TABLE = 50_000_000
 WIDE = 100_000  # entries of a table from which on it pays to leave out dominated values first
 
 
-def minimise(domains: Sequence[int], factors: Sequence[tuple[tuple[int, ...], torch.Tensor]]) -> tuple[list[int], float]:
+def minimise(
+    domains: Sequence[int], factors: Sequence[tuple[tuple[int, ...], torch.Tensor]]
+) -> tuple[list[int], float]:
     """The assignment (one index per variable) with the least sum of tables, and that sum (inf if every assignment is forbidden).
 
     domains[v]: number of values of variable v. factors: (variables, table) with table.shape = their domains, in that order; inf forbids.
@@ -34,7 +36,9 @@ def minimise(domains: Sequence[int], factors: Sequence[tuple[tuple[int, ...], to
     alive = undominated(domains, factors)
     found = _eliminate([len(left) for left in alive], restricted(factors, alive), LARGEST_TABLE)
     if found is None:
-        raise MemoryError("the sharding problem is too wide: an exact answer needs a table of more than 50 million entries")
+        raise MemoryError(
+            "the sharding problem is too wide: an exact answer needs a table of more than 50 million entries"
+        )
     assignment, least = found
     return [int(left[index]) for left, index in zip(alive, assignment, strict=True)], least
 

@@ -58,7 +58,10 @@ def node_cost(node: fx.Node, pricing: Pricing, axis_sizes: Mapping[str, int], sa
         return NodeCost(times[0], times[1], sum(times), 0.0)
     inputs = [n for n in tensor_inputs(node)]
     shapes = [pricing.shape(local_type(_type(n), sharding(n), axis_sizes)) for n in inputs]
-    results = [pricing.shape(local_type(value, _result_sharding(node, k), axis_sizes)) for k, value in enumerate(output_types(node))]
+    results = [
+        pricing.shape(local_type(value, _result_sharding(node, k), axis_sizes))
+        for k, value in enumerate(output_types(node))
+    ]
     trainable = tuple(is_trainable(n) for n in inputs)
     name = op_name(node.target)
     causal = "scaled_dot_product_attention" in name and len(node.args) > 5 and bool(node.args[5])
@@ -100,10 +103,19 @@ class Line:
         graph = module.graph
         self.pricing, self.axis_sizes = pricing, axis_sizes
         self.parametric = computed_once(graph)
-        self.nodes = [node for node in calls(graph) if node in self.parametric and output_types(node) or node.target is operator.getitem and node in self.parametric]
+        self.nodes = [
+            node
+            for node in calls(graph)
+            if (node in self.parametric
+            and output_types(node))
+            or (node.target is operator.getitem
+            and node in self.parametric)
+        ]
         self.position = {node: k for k, node in enumerate(self.nodes)}
         saved: set[object] = set()
-        self.costs = [NodeCost() if n.target is operator.getitem else node_cost(n, pricing, axis_sizes, saved) for n in self.nodes]
+        self.costs = [
+            NodeCost() if n.target is operator.getitem else node_cost(n, pricing, axis_sizes, saved) for n in self.nodes
+        ]
         count = len(self.nodes)
         self.crossing = [0] * (count + 1)  # bytes, and how many values
         self.num_crossing = [0] * (count + 1)
@@ -130,7 +142,9 @@ class Line:
             running += difference[k]
             self.crossing[k] = running
             self.num_crossing[k] = values[k] + (self.num_crossing[k - 1] if k else 0)
-        self.first_use: list[list[tuple[int, int]]] = [[] for _ in range(count)]  # per node: (parameter bytes' count, previous use)
+        self.first_use: list[list[tuple[int, int]]] = [
+            [] for _ in range(count)
+        ]  # per node: (parameter bytes' count, previous use)
         for node in graph.nodes:
             kind = tensor_type(node)
             if is_state(node) and kind is not None and node.meta.get("kind") == "parameter":
@@ -146,7 +160,11 @@ class Line:
         reads: dict[fx.Node, set[str]] = {}  # which of these buffers a node off the line is computed from
         places: dict[str, list[int]] = {name: [] for name in updated}
         for node in graph.nodes:
-            found = {str(node.target)} & updated if is_state(node) else set().union(*(reads.get(n, set()) for n in node.all_input_nodes))
+            found = (
+                {str(node.target)} & updated
+                if is_state(node)
+                else set().union(*(reads.get(n, set()) for n in node.all_input_nodes))
+            )
             if node not in self.position:
                 reads[node] = found
                 continue

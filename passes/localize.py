@@ -94,7 +94,11 @@ class _Localizer:
                 arguments.pop("partial_gradient", None)
             arguments = {name: self._with_sizes(value) for name, value in arguments.items()}
             placed = self.graph.call_function(row.function, (copy, self.plan.axis), arguments)
-            placed.meta = {**node.meta, "sharding": {} if isinstance(want, Replicate) else {self.plan.axis: want}, "reshard": row}
+            placed.meta = {
+                **node.meta,
+                "sharding": {} if isinstance(want, Replicate) else {self.plan.axis: want},
+                "reshard": row,
+            }
             placed.meta.pop("tensors", None)
             placed.meta.pop("loss", None)
             self.resharded[key] = placed
@@ -115,8 +119,21 @@ class _Localizer:
         target: Any = node.target
         if strategy.local is not None:
             target, more, kwargs = strategy.local.rewrite(node)
-            tensors = dict(zip(tensor_inputs(node), (a for a in _flat(args, kwargs) if isinstance(a, fx.Node) and tensor_type(a) is not None), strict=False))
-            args = tuple(self.plan.axis if arg == "axis" else tensors.get(arg, self.copies.get(arg)) if isinstance(arg, fx.Node) else arg for arg in more)
+            tensors = dict(
+                zip(
+                    tensor_inputs(node),
+                    (a for a in _flat(args, kwargs) if isinstance(a, fx.Node) and tensor_type(a) is not None),
+                    strict=False,
+                )
+            )
+            args = tuple(
+                self.plan.axis
+                if arg == "axis"
+                else tensors.get(arg, self.copies.get(arg))
+                if isinstance(arg, fx.Node)
+                else arg
+                for arg in more
+            )
         else:
             args = self._local_sizes(node, args, strategy)
         return self.graph.call_function(target, args, kwargs)
@@ -182,7 +199,9 @@ def fuse_biases(graph: fx.Graph) -> None:
         kind = add.meta.get("fused")
         if kind is None or add.target is not aten.add.Tensor:
             continue
-        matmul = next((a for a in add.args if isinstance(a, fx.Node) and a.target in (aten.linear.default, aten.mm.default)), None)
+        matmul = next(
+            (a for a in add.args if isinstance(a, fx.Node) and a.target in (aten.linear.default, aten.mm.default)), None
+        )
         if matmul is None or len(matmul.users) != 1 or len(matmul.args) != 2:
             continue
         bias = next(a for a in add.args if a is not matmul)

@@ -41,7 +41,9 @@ _REDUCED = {
     aten.binary_cross_entropy.default: 3, aten.binary_cross_entropy_with_logits.default: 4, aten.kl_div.default: 2,
 }  # fmt: skip
 
-MakeWeight = Callable[[fx.Graph, Mapping[fx.Node, fx.Node]], fx.Node]  # in the graph of weights, given its copies of the model's nodes
+MakeWeight = Callable[
+    [fx.Graph, Mapping[fx.Node, fx.Node]], fx.Node
+]  # in the graph of weights, given its copies of the model's nodes
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class WeightedLoss:
     weights: fx.GraphModule | None
     num_shares: int
     notes: tuple[str, ...] = field(default=())
-    meeting: tuple[str, ...] = field(default=())  # where rows of the batch meet before the loss adds them up: more than one microbatch is inexact
+    meeting: tuple[str, ...] = field(
+        default=()
+    )  # where rows of the batch meet before the loss adds them up: more than one microbatch is inexact
 
 
 @dataclass
@@ -120,7 +124,11 @@ class _Walk:
         tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
         if node.target in _PASS_THROUGH and not self._reshapes_rows(node):
             return self.visit(tensors[0])
-        if node.target in _ADDITIONS and all(tensor_type(t) is not None and tensor_type(t).shape == () for t in tensors) and len(tensors) == 2:  # type: ignore[union-attr]
+        if (
+            node.target in _ADDITIONS
+            and all(tensor_type(t) is not None and tensor_type(t).shape == () for t in tensors)
+            and len(tensors) == 2
+        ):  # type: ignore[union-attr]
             for tensor in tensors:
                 self.visit(tensor)
             return None
@@ -129,7 +137,9 @@ class _Walk:
             rest = [t for t in tensors if t not in self.parametric]
             if len(parametric) == 1 and not any(t in self.data for t in rest):
                 return self.visit(parametric[0])
-            divides = node.target in (aten.div.Tensor, aten.div.Scalar) and parametric == [node.args[0]] and len(rest) == 1
+            divides = (
+                node.target in (aten.div.Tensor, aten.div.Scalar) and parametric == [node.args[0]] and len(rest) == 1
+            )
             if divides and self._adds_up(parametric[0]):
                 self.terms.append(_Term(node, lambda graph, copies, divisor=rest[0]: copies[divisor]))  # type: ignore[misc]
                 return None
@@ -158,7 +168,11 @@ class _Walk:
         if node.target in _SCALINGS:
             tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
             inside = [t for t in tensors if t in self.parametric]
-            return len(inside) == 1 and not any(t in self.data for t in tensors if t is not inside[0]) and self._adds_up(inside[0])
+            return (
+                len(inside) == 1
+                and not any(t in self.data for t in tensors if t is not inside[0])
+                and self._adds_up(inside[0])
+            )
         if node.target in _SUMS:
             return node in self.data
         if node.target in _LABELLED:
@@ -175,7 +189,9 @@ class _Walk:
             if target not in self.parametric and kind is not None and not kind.is_floating:
                 return lambda graph, copies: _count_labels(graph, copies[node], copies[target])
             if target in self.parametric:
-                self.notes.append(f"{origin(node)}: the labels depend on parameters or random numbers; the term is averaged by rows")
+                self.notes.append(
+                    f"{origin(node)}: the labels depend on parameters or random numbers; the term is averaged by rows"
+                )
         elif node.target not in _REDUCED and node.target not in (aten.mean.default, aten.mean.dim):
             self.weighed.discard(node)
             self.notes.append(
@@ -208,7 +224,9 @@ def _count_labels(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
         looked_up = _call(graph, aten.index.Tensor, (weight, [known]), TensorType(weight_kind.dtype, kind.shape), node)
         counted = _call(graph, aten.mul.Tensor, (looked_up, counted), TensorType(weight_kind.dtype, kind.shape), node)
     dtype = tensor_type(counted).dtype  # type: ignore[union-attr]
-    return _call(graph, aten.sum.default, (counted,), TensorType(torch.int64 if dtype == torch.bool else dtype, ()), node)
+    return _call(
+        graph, aten.sum.default, (counted,), TensorType(torch.int64 if dtype == torch.bool else dtype, ()), node
+    )
 
 
 def _rows(graph: fx.Graph) -> fx.Node:

@@ -33,17 +33,23 @@ class Overrides:
         given = dict(given or {})
         unknown = set(given) - {"placements", "cuts"}
         if unknown:
-            raise BadArgument(f"overrides has no {', '.join(sorted(map(repr, unknown)))}", use='"placements" and "cuts"')
+            raise BadArgument(
+                f"overrides has no {', '.join(sorted(map(repr, unknown)))}", use='"placements" and "cuts"'
+            )
         placements, cuts = given.get("placements") or {}, given.get("cuts")
         if not isinstance(placements, Mapping):
-            raise BadArgument("overrides['placements'] is a dict from parameter-name pattern to placement", use='{"*.up.weight": 0}')
+            raise BadArgument(
+                "overrides['placements'] is a dict from parameter-name pattern to placement", use='{"*.up.weight": 0}'
+            )
         if cuts is not None and (isinstance(cuts, str) or not all(isinstance(path, str) for path in cuts)):
             raise BadArgument("overrides['cuts'] is a list of module paths", use='["h.2", "h.4"]')
         return cls(dict(placements), None if cuts is None else tuple(cuts))
 
     def check(self, graph: fx.Graph, mesh: Mapping[str, int]) -> None:
         """BadArgument for a pattern that no parameter matches or a notation that does not fit."""
-        kinds = {str(n.target): tensor_type(n) for n in graph.nodes if is_state(n) and n.meta.get("kind") == "parameter"}
+        kinds = {
+            str(n.target): tensor_type(n) for n in graph.nodes if is_state(n) and n.meta.get("kind") == "parameter"
+        }
         for pattern, wanted in self.placements.items():
             matched = [name for name in kinds if fnmatchcase(name, pattern)]
             if not matched:
@@ -59,7 +65,9 @@ class Overrides:
         if wanted == "whole":
             return None
         if isinstance(wanted, bool) or not isinstance(wanted, (int, str)):
-            raise BadArgument(f"the placement of {name} is {wanted!r}", use='the notation ("3072/tp 768"), a dim number, or "whole"')
+            raise BadArgument(
+                f"the placement of {name} is {wanted!r}", use='the notation ("3072/tp 768"), a dim number, or "whole"'
+            )
         if isinstance(wanted, int):
             if not -len(kind.shape) <= wanted < len(kind.shape):
                 raise BadArgument(f"{name} has no dim {wanted}: its shape is {tuple(kind.shape)}")
@@ -83,12 +91,19 @@ class Overrides:
                 if target is None:
                     left = [c for c in choices if not isinstance(c, Shard)]
                 elif isinstance(wanted, int):
-                    left = [c for c in choices if isinstance(c, Shard) and isinstance(target, Shard) and c.dim == target.dim]
+                    left = [
+                        c for c in choices if isinstance(c, Shard) and isinstance(target, Shard) and c.dim == target.dim
+                    ]
                 else:
                     left = [c for c in choices if c == target]
                 if not left:
-                    possible = ", ".join(dict.fromkeys(notation(kind.shape, {"tp": c} if isinstance(c, Shard) else {}) for c in choices))
-                    raise NoLegalSharding(f"the override {pattern!r}: {wanted!r} cannot be: {name} has no such placement over tp={mesh['tp']}", use=possible)
+                    possible = ", ".join(
+                        dict.fromkeys(notation(kind.shape, {"tp": c} if isinstance(c, Shard) else {}) for c in choices)
+                    )
+                    raise NoLegalSharding(
+                        f"the override {pattern!r}: {wanted!r} cannot be: {name} has no such placement over tp={mesh['tp']}",
+                        use=possible,
+                    )
                 choices = left
             return choices
 

@@ -116,7 +116,9 @@ def local_shard(tensor: torch.Tensor, placement: Placement, *, axis_size: int, c
     size = tensor.shape[placement.dim]
     blocks = segment_sizes(size, placement.segments)
     if blocks is None or not divides(size, placement.segments, axis_size):
-        raise UnevenShard(f"cannot split dim {placement.dim} of {tuple(tensor.shape)} in blocks {placement.segments} over {axis_size} ranks")
+        raise UnevenShard(
+            f"cannot split dim {placement.dim} of {tuple(tensor.shape)} in blocks {placement.segments} over {axis_size} ranks"
+        )
     pieces = [block.chunk(axis_size, placement.dim)[coord] for block in tensor.split(list(blocks), placement.dim)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, placement.dim)
 
@@ -178,7 +180,11 @@ _SUFFIX = re.compile(r"\s*partial\((\w+)\)\s*$")
 
 
 # The integer functions that torch puts into size expressions, by the names that they print under.
-_SIZE_FUNCTIONS = {name: kind for name, kind in vars(size_functions).items() if isinstance(kind, type) and issubclass(kind, sympy.Basic)}
+_SIZE_FUNCTIONS = {
+    name: kind
+    for name, kind in vars(size_functions).items()
+    if isinstance(kind, type) and issubclass(kind, sympy.Basic)
+}
 
 
 def parse_size(text: str) -> Size:
@@ -264,7 +270,9 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _parse_dims(dims: Sequence[str], sharding: dict[str, Placement], axes: Sequence[str]) -> tuple[tuple[Size, ...], dict[str, Placement]]:
+def _parse_dims(
+    dims: Sequence[str], sharding: dict[str, Placement], axes: Sequence[str]
+) -> tuple[tuple[Size, ...], dict[str, Placement]]:
     shape = []
     for dim, part in enumerate(dims):
         size, shard = _parse_dim(part, dim, axes)
@@ -274,7 +282,9 @@ def _parse_dims(dims: Sequence[str], sharding: dict[str, Placement], axes: Seque
     return tuple(shape), sharding
 
 
-def local_shape(text: str, sizes: Mapping[str, int], axis_sizes: Mapping[str, int]) -> tuple[torch.dtype, tuple[int, ...]]:
+def local_shape(
+    text: str, sizes: Mapping[str, int], axis_sizes: Mapping[str, int]
+) -> tuple[torch.dtype, tuple[int, ...]]:
     """dtype and shape of one rank's piece of a value whose type reads `text`, for concrete sizes (`{"B": 8, "T": 128}`)."""
     value, sharding = parse_type(text, tuple(axis_sizes))
     local = local_type(value, sharding, axis_sizes)
@@ -283,5 +293,9 @@ def local_shape(text: str, sizes: Mapping[str, int], axis_sizes: Mapping[str, in
     for size in shape:
         if not isinstance(size, int) and not size.is_Integer:
             given = ", ".join(f"{name} = {number}" for name, number in sizes.items())
-            raise UnevenShard(f"cannot split {text} evenly", why=f"{given or 'its sizes are unknown'}, {dict(axis_sizes)}", use="sizes that the axis divides")
+            raise UnevenShard(
+                f"cannot split {text} evenly",
+                why=f"{given or 'its sizes are unknown'}, {dict(axis_sizes)}",
+                use="sizes that the axis divides",
+            )
     return value.dtype, tuple(int(size) for size in shape)

@@ -23,13 +23,23 @@ from passes.ir import DTYPE_NAMES, DTYPES, Origin, is_state, origin, size_expr, 
 from passes.localize import sharding
 from passes.placement import local_type, parse_size, parse_type, type_text
 
-_MODULES: Mapping[str, Any] = {"operator": operator, "builtins": builtins, "math": math, "reshard": reshard, "local_ops": local_ops}
+_MODULES: Mapping[str, Any] = {
+    "operator": operator,
+    "builtins": builtins,
+    "math": math,
+    "reshard": reshard,
+    "local_ops": local_ops,
+}
 _FUNCTIONS = {
     "operator": ("mul", "add", "sub", "floordiv", "mod", "truediv", "neg", "pow", "getitem"),
     "builtins": ("int", "float", "max", "min", "abs", "round"),
     "math": ("trunc", "ceil", "floor", "sqrt", "log", "log2", "exp"),
     "reshard": tuple(row.function.__name__ for row in reshard.RESHARDS),
-    "local_ops": tuple(n for n, f in inspect.getmembers(local_ops, inspect.isfunction) if f.__module__ == local_ops.__name__ and n[0] != "_"),
+    "local_ops": tuple(
+        n
+        for n, f in inspect.getmembers(local_ops, inspect.isfunction)
+        if f.__module__ == local_ops.__name__ and n[0] != "_"
+    ),
 }
 
 
@@ -117,7 +127,9 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
             record["size"] = str(size)
         if where != Origin():
             record["origin"] = [node.meta.get("owner", where.path), where.file, where.line, where.source]
-        record |= {flag: node.meta[flag] for flag in _FLAGS if node.meta.get(flag) is not None and node.meta[flag] is not False}
+        record |= {
+            flag: node.meta[flag] for flag in _FLAGS if node.meta.get(flag) is not None and node.meta[flag] is not False
+        }
         records.append(record)
     return records
 
@@ -133,7 +145,9 @@ def graph_from_json(records: Sequence[Mapping[str, Any]], axis_sizes: Mapping[st
             args = tuple(_arg_from_json(arg, nodes) for arg in record.get("args", ()))
             kwargs = {key: _arg_from_json(value, nodes) for key, value in record.get("kwargs", {}).items()}
         except KeyError as error:
-            raise BadPlan(f"the plan's node {record.get('name')!r} uses {error}, which is not defined before it") from error
+            raise BadPlan(
+                f"the plan's node {record.get('name')!r} uses {error}, which is not defined before it"
+            ) from error
         if op == "output":
             graph.output(tuple(args[0]) if args and isinstance(args[0], list) else args[0] if args else ())
             continue

@@ -36,7 +36,17 @@ from costmodel.memory import optimizer_seconds, training_state_bytes
 from passes.annotation import Binding, Cut
 from passes.costs import Pricing, is_number
 from passes.elimination import minimise
-from passes.ir import Size, TensorType, calls, is_state, is_trainable, output_types, size_symbol, tensor_inputs, tensor_type
+from passes.ir import (
+    Size,
+    TensorType,
+    calls,
+    is_state,
+    is_trainable,
+    output_types,
+    size_symbol,
+    tensor_inputs,
+    tensor_type,
+)
 from passes.placement import COPIED, REPLICATE, Copied, Partial, Placement, Shard
 from passes.reshard import collective_seconds
 from passes.rules import RULES, Call, Strategy, call_of, strategies
@@ -51,7 +61,9 @@ LAST_RESORT = 1e3
 
 Value = tuple[fx.Node, int]  # a tensor: the node that yields it and which of its results it is
 SequenceParallel = bool | Literal["auto"]
-Users = dict[Value, list[tuple[fx.Node, tuple[int, ...]]]]  # of each value: the calls that use it, and in which argument slots
+Users = dict[
+    Value, list[tuple[fx.Node, tuple[int, ...]]]
+]  # of each value: the calls that use it, and in which argument slots
 Pins = Callable[[str, TensorType, Sequence[Placement]], Sequence[Placement]]
 
 
@@ -135,13 +147,19 @@ class _Cuts:
                     continue
                 known = self.dims(value, len(shape))[spot[0]]
                 for cut in found.values():
-                    dim_cut = binding.dim_cut(spot[1], shape[spot[0]], (next(n for n in group if n in spot[1].names),), cut)
-                    if dim_cut is not None and (dim_cut.segments not in known or known[dim_cut.segments].unit < dim_cut.unit):
+                    dim_cut = binding.dim_cut(
+                        spot[1], shape[spot[0]], (next(n for n in group if n in spot[1].names),), cut
+                    )
+                    if dim_cut is not None and (
+                        dim_cut.segments not in known or known[dim_cut.segments].unit < dim_cut.unit
+                    ):
                         known[dim_cut.segments] = dim_cut
                         changed = True
         return changed
 
-    def group(self, binding: Binding, places: Sequence[tuple[Value, Any, Any]], group: tuple[str, ...]) -> dict[Any, Cut]:
+    def group(
+        self, binding: Binding, places: Sequence[tuple[Value, Any, Any]], group: tuple[str, ...]
+    ) -> dict[Any, Cut]:
         """The cuts of a split name that any of its dims knows."""
         found: dict[Any, Cut] = {1: Cut()}
         for value, pattern, shape in places:
@@ -156,8 +174,13 @@ class _Cuts:
 
     @staticmethod
     def _places(node: fx.Node, binding: Binding) -> list[tuple[Value, Any, Any]]:
-        inputs = [(value_of(arg), p, s) for arg, p, s in zip(tensor_inputs(node), binding.inputs, binding.input_shapes, strict=True)]
-        outputs = [((node, k), p, s) for k, (p, s) in enumerate(zip(binding.outputs, binding.output_shapes, strict=True))]
+        inputs = [
+            (value_of(arg), p, s)
+            for arg, p, s in zip(tensor_inputs(node), binding.inputs, binding.input_shapes, strict=True)
+        ]
+        outputs = [
+            ((node, k), p, s) for k, (p, s) in enumerate(zip(binding.outputs, binding.output_shapes, strict=True))
+        ]
         return inputs + outputs
 
     def for_call(self, node: fx.Node) -> Callable[[Binding, tuple[str, ...]], Sequence[Cut]]:
@@ -192,7 +215,9 @@ class _Problem:
     factors: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
     variables: dict[fx.Node, int] = field(default_factory=dict)  # of calls and of parameters
     fixed: dict[fx.Node, Strategy] = field(default_factory=dict)
-    _own: dict[int, list[tuple[float, float]]] = field(default_factory=dict)  # per variable and choice: seconds, bytes held
+    _own: dict[int, list[tuple[float, float]]] = field(
+        default_factory=dict
+    )  # per variable and choice: seconds, bytes held
     _costs: dict[Any, tuple[float, float]] = field(default_factory=dict)
     _tables: dict[Any, torch.Tensor] = field(default_factory=dict)
     _wants: dict[tuple[fx.Node, tuple[int, ...]], list[tuple[Want, ...]]] = field(default_factory=dict)
@@ -206,7 +231,12 @@ class _Problem:
 
     def _is_tokens(self, size: Size) -> bool:
         """True for a sequence dim (symbolic, not the batch) that sequence parallelism may split over the axis."""
-        if self.sequence_parallel is False or isinstance(size, int) or size_symbol("B") in size.free_symbols or is_number(size):
+        if (
+            self.sequence_parallel is False
+            or isinstance(size, int)
+            or size_symbol("B") in size.free_symbols
+            or is_number(size)
+        ):
             return False
         return self.pricing.number(size) % self.axis_size == 0
 
@@ -255,7 +285,12 @@ class _Problem:
         """One variable: whole, whole with a gradient sum owed, or split in a way that some user can take."""
         kind = tensor_type(node)
         assert kind is not None
-        wanted = [w.placement for user, slots in users.get((node, 0), ()) for option in self.wants(user, slots) for w in option]
+        wanted = [
+            w.placement
+            for user, slots in users.get((node, 0), ())
+            for option in self.wants(user, slots)
+            for w in option
+        ]
         whole: list[Placement] = [REPLICATE, COPIED] if is_trainable(node) else [REPLICATE]
         dims = self.cuts.of.get((node, 0))
         found = [_with_unit(p, dims) for p in dict.fromkeys([*whole, *(w for w in wanted if isinstance(w, Shard))])]
@@ -292,7 +327,10 @@ class _Problem:
     def _has_tokens(self, kind: TensorType) -> bool:
         """True if a value has a sequence dim that can be split: one of its own, or fused with the batch."""
         rows = size_symbol("B")
-        ways = [Shard(dim, rows if not is_number(size) and rows in sympy.sympify(size).free_symbols else 1) for dim, size in enumerate(kind.shape)]
+        ways = [
+            Shard(dim, rows if not is_number(size) and rows in sympy.sympify(size).free_symbols else 1)
+            for dim, size in enumerate(kind.shape)
+        ]
         return any(self._splits_tokens(kind, way) for way in ways)
 
     def prune(self, users: Users) -> None:
@@ -342,7 +380,13 @@ class _Problem:
             return float("inf")  # reduce-scatter over tokens instead
         regroup = tokens or (want.joins and isinstance(source, Copied))
         seconds = self.pricing.reshard_seconds(kind, source, want.placement, self.axis_size, trainable, regroup)
-        last_resort = self.sequence_parallel is True and trainable and tokens and isinstance(source, Shard) and want.placement == REPLICATE
+        last_resort = (
+            self.sequence_parallel is True
+            and trainable
+            and tokens
+            and isinstance(source, Shard)
+            and want.placement == REPLICATE
+        )
         return seconds * LAST_RESORT if last_resort else seconds
 
     # ---- what passes between them -----------------------------------------------------------------------------------
@@ -354,7 +398,10 @@ class _Problem:
             found = self.choices[self.variables[node]] if node in self.variables else [self.fixed[node]]
             activations = [k for k, arg in enumerate(tensor_inputs(node)) if is_trainable(arg) and not is_state(arg)]
             joins = [sum(isinstance(strategy.inputs[k], Shard) for k in activations) > 1 for strategy in found]
-            self._wants[key] = [tuple(dict.fromkeys(Want(s.inputs[slot], j) for slot in slots)) for s, j in zip(found, joins, strict=True)]
+            self._wants[key] = [
+                tuple(dict.fromkeys(Want(s.inputs[slot], j) for slot in slots))
+                for s, j in zip(found, joins, strict=True)
+            ]
         return self._wants[key]
 
     def offers(self, value: Value) -> list[Placement]:
@@ -362,7 +409,9 @@ class _Problem:
         variable = self.variables.get(value[0])
         if variable is None:
             return [REPLICATE]
-        return [choice.outputs[value[1]] if isinstance(choice, Strategy) else choice for choice in self.choices[variable]]
+        return [
+            choice.outputs[value[1]] if isinstance(choice, Strategy) else choice for choice in self.choices[variable]
+        ]
 
     def add_whole(self, value: Value) -> None:
         """The cost of making a value whole in the end (the loss)."""
@@ -411,7 +460,11 @@ class _Problem:
         raise AssertionError("unreachable")
 
     def _add_shared(
-        self, want: Want, from_each: Sequence[float], producer: int | None, wants: Sequence[tuple[int | None, list[tuple[Want, ...]]]]
+        self,
+        want: Want,
+        from_each: Sequence[float],
+        producer: int | None,
+        wants: Sequence[tuple[int | None, list[tuple[Want, ...]]]],
     ) -> None:
         """A yes/no variable: the value is also made to be as wanted. Yes costs the reshard; a user that wants it needs a yes."""
         flag = self._variable([False, True])
@@ -419,9 +472,15 @@ class _Problem:
         for user, options in wants:
             needs = tuple(want in option for option in options)
             if any(needs):
-                self._add((user, flag), ("needs", needs), lambda needs=needs: [[float("inf") if n else 0.0, 0.0] for n in needs])  # type: ignore[misc]
+                self._add(
+                    (user, flag),
+                    ("needs", needs),
+                    lambda needs=needs: [[float("inf") if n else 0.0, 0.0] for n in needs],
+                )  # type: ignore[misc]
 
-    def _add(self, variables: tuple[int | None, ...], key: tuple[Any, ...], make: Callable[[], list[list[float]]]) -> None:
+    def _add(
+        self, variables: tuple[int | None, ...], key: tuple[Any, ...], make: Callable[[], list[list[float]]]
+    ) -> None:
         """A table over variables; None stands for something with one choice only. Equal tables are made once."""
         if key not in self._tables:
             self._tables[key] = torch.tensor(make(), dtype=torch.float64)
@@ -443,11 +502,17 @@ def shard(
     graph = module.graph
     nodes = {node: call_of(node) for node in calls(graph) if is_call(node)}
     if axis_size == 1:
-        whole = {node: Strategy((REPLICATE,) * len(c.inputs), (REPLICATE,) * len(c.outputs)) for node, c in nodes.items()}
+        whole = {
+            node: Strategy((REPLICATE,) * len(c.inputs), (REPLICATE,) * len(c.outputs)) for node, c in nodes.items()
+        }
         return ShardPlan(axis, 1, whole, {}, 0.0)
     parametric = depends_on_parameters(graph)
-    bindings = {node: found for node, call in nodes.items() if node in parametric and (found := _binding(call)) is not None}
-    unruled = tuple(node for node in nodes if node in parametric and node not in bindings and not node.meta.get("mutates"))
+    bindings = {
+        node: found for node, call in nodes.items() if node in parametric and (found := _binding(call)) is not None
+    }
+    unruled = tuple(
+        node for node in nodes if node in parametric and node not in bindings and not node.meta.get("mutates")
+    )
     problem = _Problem(pricing, axis_size, microbatches, in_flight, sequence_parallel, nodes, _Cuts(bindings))
     users: Users = {}
     for node in nodes:
@@ -457,7 +522,9 @@ def shard(
             slots.setdefault(value_of(arg), []).append(slot)
         for value, positions in slots.items():
             users.setdefault(value, []).append((node, tuple(positions)))
-    parameters = [n for n in graph.nodes if is_state(n) and n.meta.get("kind") == "parameter" and tensor_type(n) is not None]
+    parameters = [
+        n for n in graph.nodes if is_state(n) and n.meta.get("kind") == "parameter" and tensor_type(n) is not None
+    ]
     for node in parameters:
         problem.add_parameter(node, users, pins)
     priced = problem.price_memory()
@@ -473,7 +540,9 @@ def shard(
         raise _no_assignment()
     picked = {node: problem.choices[variable][assignment[variable]] for node, variable in problem.variables.items()}
     chosen = problem.fixed | {node: pick for node, pick in picked.items() if isinstance(pick, Strategy)}
-    placements: dict[Value, Placement] = {(node, index): p for node, s in chosen.items() for index, p in enumerate(s.outputs)}
+    placements: dict[Value, Placement] = {
+        (node, index): p for node, s in chosen.items() for index, p in enumerate(s.outputs)
+    }
     placements |= {(node, 0): picked[node] for node in parameters}
     return ShardPlan(axis, axis_size, chosen, placements, objective, unruled)
 
@@ -487,7 +556,9 @@ def _binding(call: Call) -> Binding | None:
 
 
 def _no_assignment() -> NoLegalSharding:
-    return NoLegalSharding("no assignment of placements satisfies the overrides", why="two of them contradict each other or an op rule")
+    return NoLegalSharding(
+        "no assignment of placements satisfies the overrides", why="two of them contradict each other or an op rule"
+    )
 
 
 def _with_unit(placement: Placement, dims: list[dict[Any, Cut]] | None) -> Placement:

@@ -68,7 +68,10 @@ def split_stages(
                 gradient = is_trainable(node) and any(_feeds(node, u, stage_of, influences, to) for u in [node])
                 crossings.append(Crossing(node.name, stage_of[node], to, node, gradient))
     updates = _update_homes(graph, stage_of, last)
-    return [_stage(module, index, stage_of, updates, crossings, outputs, loss, last, weight_state) for index in range(num_stages)]
+    return [
+        _stage(module, index, stage_of, updates, crossings, outputs, loss, last, weight_state)
+        for index in range(num_stages)
+    ]
 
 
 def _update_homes(graph: fx.Graph, stage_of: Mapping[fx.Node, int], last: int) -> dict[fx.Node, int]:
@@ -93,9 +96,13 @@ def _ancestors(loss: fx.Node | None) -> set[fx.Node]:
     return found
 
 
-def _feeds(node: fx.Node, _: fx.Node, stage_of: Mapping[fx.Node, int], influences: set[fx.Node], to: tuple[int, ...]) -> bool:
+def _feeds(
+    node: fx.Node, _: fx.Node, stage_of: Mapping[fx.Node, int], influences: set[fx.Node], to: tuple[int, ...]
+) -> bool:
     """True if some later stage uses the value on the way to the loss."""
-    return any(user in influences and stage_of.get(user) in to for user in node.users) or (node in influences and not any(u in influences for u in node.users))
+    return any(user in influences and stage_of.get(user) in to for user in node.users) or (
+        node in influences and not any(u in influences for u in node.users)
+    )
 
 
 def _stage(
@@ -131,7 +138,9 @@ def _stage(
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for crossing in receives:
-        copies[crossing.node] = graph.create_node("placeholder", crossing.name, name=crossing.name)  # fx would put a name of its own in lower case
+        copies[crossing.node] = graph.create_node(
+            "placeholder", crossing.name, name=crossing.name
+        )  # fx would put a name of its own in lower case
         copies[crossing.node].meta = {**crossing.node.meta, "received": crossing.source}
     order = list(module.graph.nodes)
     for kind in (_is_input, _is_share, _is_size):

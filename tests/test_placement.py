@@ -5,7 +5,15 @@ import torch
 
 from passes.ir import TensorType, size_symbol
 from passes.placement import (
-    PARTIAL, Shard, local_shape, local_shard, notation, parse_notation, parse_type, type_text, whole_tensor,
+    PARTIAL,
+    Shard,
+    local_shape,
+    local_shard,
+    notation,
+    parse_notation,
+    parse_type,
+    type_text,
+    whole_tensor,
 )  # fmt: skip
 
 B, T = size_symbol("B"), size_symbol("T")

@@ -61,7 +61,9 @@ class GradientSums:
 
     def finish(self) -> None:
         """Sum over the ranks, and add what was set aside."""
-        for name in sorted(self._tied):  # any two stages take the names that they share in the same order, one at a time
+        for name in sorted(
+            self._tied
+        ):  # any two stages take the names that they share in the same order, one at a time
             self._sum_tied(name)
         if self._partial:
             self._sum_partial()

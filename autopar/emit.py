@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 TYPE_COLUMN = 84
 _INFIX = {
-    operator.mul: "*", operator.add: "+", operator.sub: "-", operator.floordiv: "//", operator.mod: "%", operator.truediv: "/", operator.pow: "**",
+    operator.mul: "*", operator.add: "+", operator.sub: "-", operator.floordiv: "//",
+    operator.mod: "%", operator.truediv: "/", operator.pow: "**",
 }  # fmt: skip
 
 
@@ -192,7 +193,8 @@ def emit_stage(stage: StagePlan, plan: Plan) -> tuple[str, set[str]]:
             for name, value in stage.receives.items()
         }),
         _dict_lines("SENDS", {
-            name: f'Send(to={value.to!r}, type="{value.type}"{"" if value.gradient else ", gradient=False"})' for name, value in stage.sends.items()
+            name: f'Send(to={value.to!r}, type="{value.type}"{"" if value.gradient else ", gradient=False"})'
+            for name, value in stage.sends.items()
         }),
         _dict_lines("OUTPUTS", _quoted(stage.outputs)),
         [f"    PARTIAL_GRADIENTS = {_tuple_text(stage.partial_gradients)}"] if stage.partial_gradients else [],

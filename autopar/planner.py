@@ -320,7 +320,8 @@ def meeting_notes(places: Sequence[str], microbatches: int, num_stages: int) -> 
             f"one microbatch, so no overlap of stages: the loss compares rows of the batch with each other: {where}"
         ]
     return [
-        f"{microbatches} microbatches do not give the whole batch's loss: it compares rows of the batch with each other: {where}; microbatches=1 does"
+        f"{microbatches} microbatches do not give the whole batch's loss: it compares rows of the batch with each other: "
+        f"{where}; microbatches=1 does"
     ]
 
 

@@ -38,7 +38,8 @@ def dropout(x: torch.Tensor, p: float, stage: StageModule, *, sharded: bool = Fa
 
 def attention_with_dropout(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float, stage: StageModule, *,
-    attn_mask: torch.Tensor | None = None, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, sharded: bool = False,
+    attn_mask: torch.Tensor | None = None, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False, sharded: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """scaled_dot_product_attention with dropout on the probabilities, drawn as `dropout` draws; torch's own without it (in evaluation)."""
     if not stage.training or dropout_p == 0.0:

@@ -1,9 +1,11 @@
 """`verify`: does the parallel model give the untouched model's loss, gradients and buffers? Measured, on this machine.
 
-The untouched model (a copy of it) runs the whole batch once; the parallel one runs its programs on all ranks, as threads of this
-process. A model whose forward updates buffers (batch statistics, counters) means something else by a microbatch than by its part of the
-batch; there the untouched model runs the same microbatches one after the other, its losses weighed by their shares of the batch. A gradient's relative difference is its largest absolute difference over its own largest element; gradients that are all
-rounding (below a thousandth of the model's largest, such as that of a key projection's bias) are measured against that thousandth.
+The untouched model (a copy of it) runs the whole batch once; the parallel one runs its programs on all ranks, as
+threads of this process. A model whose forward updates buffers (batch statistics, counters) means something else by a
+microbatch than by its part of the batch; there the untouched model runs the same microbatches one after the other,
+its losses weighed by their shares of the batch. A gradient's relative difference is its largest absolute difference
+over its own largest element; gradients that are all rounding (below a thousandth of the model's largest, such as that
+of a key projection's bias) are measured against that thousandth.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Report:
         verdict = "equal" if self.ok else "DIFFERENT"
         lines = [
             f"{self.plan.model} on {mesh}, {self.plan.microbatches} microbatches, {self.plan.schedule}: {verdict} to the untouched model",
-            f"loss {self.loss:.9g}, untouched {self.loss_reference:.9g}, difference {self.loss_difference:.3g} (tolerance {self.loss_tolerance:.0e} relative)",
+            f"loss {self.loss:.9g}, untouched {self.loss_reference:.9g}, difference {self.loss_difference:.3g} "
+            f"(tolerance {self.loss_tolerance:.0e} relative)",
         ]
         shown = sorted(self.differences, key=lambda d: -d.relative)
         rows = [
@@ -212,7 +215,8 @@ def _weight(plan: Plan, part: Mapping[str, torch.Tensor], sizes: Mapping[str, in
         return None
     if not any(isinstance(arg, fx.Node) and "loss_share" in arg.meta for arg in loss.args):
         raise BadArgument(
-            "the untouched model cannot be run by microbatches", why="forward updates buffers, and the loss has several terms that weigh differently",
+            "the untouched model cannot be run by microbatches",
+            why="forward updates buffers, and the loss has several terms that weigh differently",
             use="microbatches=1",
         )  # fmt: skip
     given = {**part, **sizes}

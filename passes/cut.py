@@ -262,7 +262,8 @@ def _stage_cost(line: Line, places: Sequence[int], stage: int, sends: float, in_
     costs = line.costs[start:end]
     count = line.parameters_between(start, end)
     return StageCost(
-        sum(cost.forward_seconds for cost in costs), sum(cost.backward_seconds for cost in costs), sum(cost.collective_seconds for cost in costs),
+        sum(cost.forward_seconds for cost in costs), sum(cost.backward_seconds for cost in costs),
+        sum(cost.collective_seconds for cost in costs),
         sends, count, float(training_state_bytes(count)), sum(cost.saved_bytes for cost in costs), in_flight,
     )  # fmt: skip
 

@@ -37,7 +37,8 @@ _SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 _SUMS = {aten.sum.default, aten.sum.dim_IntList}
 _LABELLED = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default}
 _REDUCED = {
-    aten.mse_loss.default: 2, aten.l1_loss.default: 2, aten.smooth_l1_loss.default: 2, aten.huber_loss.default: 2, aten.soft_margin_loss.default: 2,
+    aten.mse_loss.default: 2, aten.l1_loss.default: 2, aten.smooth_l1_loss.default: 2, aten.huber_loss.default: 2,
+    aten.soft_margin_loss.default: 2,
     aten.binary_cross_entropy.default: 3, aten.binary_cross_entropy_with_logits.default: 4, aten.kl_div.default: 2,
 }  # fmt: skip
 
@@ -66,7 +67,10 @@ class _Term:
 
 
 def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
-    """Multiply each averaging term of `loss` by a new input `loss_share_k`. The given module is not touched; meta["loss"] marks the loss."""
+    """Multiply each averaging term of `loss` by a new input `loss_share_k`; meta["loss"] marks the loss.
+
+    The given module is not touched.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     returned = graph.graph_copy(module.graph, copies)

@@ -55,9 +55,9 @@ from passes.rules import RULES, Call, Strategy, call_of, strategies
 # models, whose steps are mostly latency, need 16 and more to be split at all; for large ones 1 to 32 give the same plan.
 MEMORY_WEIGHT = 24.0
 
-# With sequence_parallel=True tokens that were scattered are gathered only where a split weight needs them. Elsewhere (logits whose
-# classes cannot be split) it is dear, but there may be no other way.
-LAST_RESORT = 1e3
+# With sequence_parallel=True what can be split over tokens is: running it whole seems this many times as slow. It may be
+# all that is left.
+LAST_RESORT = 1e6
 
 Value = tuple[fx.Node, int]  # a tensor: the node that yields it and which of its results it is
 SequenceParallel = bool | Literal["auto"]
@@ -215,6 +215,7 @@ class _Problem:
     factors: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
     variables: dict[fx.Node, int] = field(default_factory=dict)  # of calls and of parameters
     fixed: dict[fx.Node, Strategy] = field(default_factory=dict)
+    _by_tokens: set[int] = field(default_factory=set)  # the calls to split over tokens, if that can be
     _own: dict[int, list[tuple[float, float]]] = field(
         default_factory=dict
     )  # per variable and choice: seconds, bytes held
@@ -263,6 +264,9 @@ class _Problem:
         found = list(dict.fromkeys(found))
         self.variables[node] = variable = self._variable(found)
         self._own[variable] = []
+        outputs = [pair for strategy in found for pair in zip(call.outputs, strategy.outputs, strict=True)]
+        if self.sequence_parallel is True and any(self._splits_tokens(*pair) for pair in outputs):
+            self._by_tokens.add(variable)
         for strategy in found:
             seconds, num_bytes = self._call_seconds(call, differentiable, strategy)
             self._own[variable].append((seconds, num_bytes * self.in_flight))
@@ -321,7 +325,9 @@ class _Problem:
         """A table per variable: seconds plus the price of the bytes held."""
         tie = 1e-9 * seconds / max(len(self._own), 1)  # between equals the first choice
         for variable, costs in self._own.items():
-            table = [seconds + price * num_bytes + index * tie for index, (seconds, num_bytes) in enumerate(costs)]
+            slow = [variable in self._by_tokens and not choice.is_split for choice in self.choices[variable]]
+            seconds_of = [LAST_RESORT * own if s else own for s, (own, _) in zip(slow, costs, strict=True)]
+            table = [seconds_of[k] + price * held + k * tie for k, (_, held) in enumerate(costs)]
             self.factors.append(((variable,), torch.tensor(table, dtype=torch.float64)))
 
     def _has_tokens(self, kind: TensorType) -> bool:
@@ -379,15 +385,7 @@ class _Problem:
         if self.sequence_parallel is True and isinstance(source, Partial) and whole and self._has_tokens(kind):
             return float("inf")  # reduce-scatter over tokens instead
         regroup = tokens or (want.joins and isinstance(source, Copied))
-        seconds = self.pricing.reshard_seconds(kind, source, want.placement, self.axis_size, trainable, regroup)
-        last_resort = (
-            self.sequence_parallel is True
-            and trainable
-            and tokens
-            and isinstance(source, Shard)
-            and want.placement == REPLICATE
-        )
-        return seconds * LAST_RESORT if last_resort else seconds
+        return self.pricing.reshard_seconds(kind, source, want.placement, self.axis_size, trainable, regroup)
 
     # ---- what passes between them -----------------------------------------------------------------------------------
 

@@ -128,11 +128,8 @@ class _Walk:
         tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
         if node.target in _PASS_THROUGH and not self._reshapes_rows(node):
             return self.visit(tensors[0])
-        if (
-            node.target in _ADDITIONS
-            and all(tensor_type(t) is not None and tensor_type(t).shape == () for t in tensors)
-            and len(tensors) == 2
-        ):  # type: ignore[union-attr]
+        scalars = [kind for kind in map(tensor_type, tensors) if kind is not None and kind.shape == ()]
+        if node.target in _ADDITIONS and len(tensors) == len(scalars) == 2:
             for tensor in tensors:
                 self.visit(tensor)
             return None

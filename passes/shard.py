@@ -25,6 +25,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import sympy
@@ -470,11 +471,8 @@ class _Problem:
         for user, options in wants:
             needs = tuple(want in option for option in options)
             if any(needs):
-                self._add(
-                    (user, flag),
-                    ("needs", needs),
-                    lambda needs=needs: [[float("inf") if n else 0.0, 0.0] for n in needs],
-                )  # type: ignore[misc]
+                table = [[float("inf") if need else 0.0, 0.0] for need in needs]
+                self._add((user, flag), ("needs", needs), partial(list, table))
 
     def _add(
         self, variables: tuple[int | None, ...], key: tuple[Any, ...], make: Callable[[], list[list[float]]]

@@ -144,7 +144,7 @@ def line_at_fault(model: type[nn.Module]) -> int:
     [
         (Branches, CaptureError, "(?s)because"),
         (CustomFunction, CaptureError, "Doubled"),
-        (Raises, AutoparError, "4x4|mat1"),
+        (Raises, AutoparError, "same reduction dim|4x4|mat1"),
     ],
 )
 def test_a_forward_that_cannot_be_captured(model: type[nn.Module], kinds: type[AutoparError], says: str) -> None:

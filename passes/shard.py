@@ -381,7 +381,7 @@ class _Problem:
         """Seconds from what a value has to what is wanted; inf where sequence parallelism does not allow the way."""
         tokens = self._splits_tokens(kind, source) or self._splits_tokens(kind, want.placement)
         whole = not isinstance(want.placement, (Partial, Shard))
-        if tokens and isinstance(source, Shard) and not whole:
+        if tokens and isinstance(source, Shard) and not whole and source != want.placement:
             return float("inf")  # tokens are gathered for a split weight, not exchanged for features
         if self.sequence_parallel is True and isinstance(source, Partial) and whole and self._has_tokens(kind):
             return float("inf")  # reduce-scatter over tokens instead

@@ -106,7 +106,12 @@ def verify(
             use="a model with weights (random ones will do)",
         )
     args, kwargs = _arguments(example_inputs)
-    par = parallelize(model, example_inputs, tp=tp, pp=pp, loss_fn=loss_fn, **options)
+    reference = copy.deepcopy(model)
+    reference.zero_grad()
+    for module in reference.modules():  # both sides see these modes: no dropout, batch statistics as the user has them
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = False
+    par = parallelize(reference, example_inputs, tp=tp, pp=pp, loss_fn=loss_fn, **options)
     assert par._traced is not None
     if par._traced.loss is None:
         raise BadArgument(
@@ -114,16 +119,10 @@ def verify(
             why="the model returns none",
             use="loss_fn=..., or example inputs with labels",
         )
-    reference = copy.deepcopy(model)
-    reference.zero_grad()
-    par.eval()
-    for module in reference.modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):  # its mode is in the traced program
-            module.training = False
+    ranks = par._ranks()  # with their own copies of parameters and buffers, before the reference updates any
+    assert isinstance(ranks, ThreadedRanks)
     expected = _reference_step(par, reference, args, kwargs, loss_fn)
     loss = par.step(*args, **kwargs)
-    ranks = par._ranks()
-    assert isinstance(ranks, ThreadedRanks)
     first_names = dict(reference.named_parameters(remove_duplicate=True))
     largest = max(
         (p.grad.abs().max().item() for p in first_names.values() if p.grad is not None and p.grad.numel()), default=0.0

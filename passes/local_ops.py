@@ -16,6 +16,12 @@ from passes.placement import Shard, local_shard, whole_tensor
 from passes.reshard import Axis
 
 
+def _require_in_range(indices: torch.Tensor, count: int, ignored: int | None = None) -> None:
+    """What no rank has would be silence on all of them. No wait for the device: it stops there, as a whole lookup does."""
+    known = (indices >= 0) & (indices < count)
+    torch._assert_async((known if ignored is None else known | (indices == ignored)).all(), "index out of range")
+
+
 def sharded_embedding(
     weight: torch.Tensor, indices: torch.Tensor, axis: Axis, *, padding_idx: int = -1
 ) -> torch.Tensor:
@@ -24,6 +30,7 @@ def sharded_embedding(
 
     `padding_idx` is the row of the whole table that gets no gradient (-1: none).
     """
+    _require_in_range(indices, weight.shape[0] * axis.size)
     first = axis.coord * weight.shape[0]
     local = indices - first
     elsewhere = (local < 0) | (local >= weight.shape[0])
@@ -73,6 +80,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         dim = 1 if logits.ndim > 1 else 0
         num_local, num_classes = logits.shape[dim], logits.shape[dim] * axis.size
+        _require_in_range(target, num_classes, ignore_index)
         largest = axis.all_reduce(logits.amax(dim).contiguous(), "max")
         shifted = logits - largest.unsqueeze(dim)
         exponentials = shifted.exp()

@@ -75,6 +75,11 @@ class Overrides:
         shape, sharding = parse_notation(wanted, tuple(mesh))
         if shape != kind.shape:
             raise BadArgument(f"the placement {wanted!r} is of shape {tuple(shape)}, and {name} is {tuple(kind.shape)}")
+        other = sorted(set(sharding) - {"tp"})
+        if other:
+            raise BadArgument(
+                f"the placement {wanted!r} of {name} splits over {', '.join(other)}", use="a split over tp"
+            )
         return sharding.get("tp")
 
     def pins(self, mesh: Mapping[str, int]) -> Pins | None:
@@ -83,6 +88,7 @@ class Overrides:
             return None
 
         def narrowed(name: str, kind: TensorType, choices: Sequence[Placement]) -> Sequence[Placement]:
+            kept: list[str] = []  # the overrides that this parameter has followed so far
             for pattern, wanted in self.placements.items():
                 if not fnmatchcase(name, pattern):
                     continue
@@ -100,11 +106,17 @@ class Overrides:
                     possible = ", ".join(
                         dict.fromkeys(notation(kind.shape, {"tp": c} if isinstance(c, Shard) else {}) for c in choices)
                     )
+                    if kept:
+                        raise NoLegalSharding(
+                            f"the overrides {' and '.join(kept)} and {pattern!r}: {wanted!r} contradict each other: both are for {name}",
+                            use=f"one of them, or a pattern that does not match {name}",
+                        )
                     raise NoLegalSharding(
                         f"the override {pattern!r}: {wanted!r} cannot be: {name} has no such placement over tp={mesh['tp']}",
                         use=possible,
                     )
                 choices = left
+                kept.append(f"{pattern!r}: {wanted!r}")
             return choices
 
         return narrowed

@@ -210,6 +210,7 @@ class _Problem:
     microbatches: int
     in_flight: int
     sequence_parallel: SequenceParallel
+    regroup: bool  # may values between the matmuls be split and gathered anywhere?
     calls: dict[fx.Node, Call]
     cuts: _Cuts
     choices: list[list[Any]] = field(default_factory=list)
@@ -301,6 +302,8 @@ class _Problem:
         found = [_with_unit(p, dims) for p in dict.fromkeys([*whole, *(w for w in wanted if isinstance(w, Shard))])]
         if pins is not None:
             found = list(pins(str(node.target), kind, found))
+        if not found:
+            raise _Infeasible
         self.variables[node] = variable = self._variable(found)
         self._own[variable] = [self._state_seconds(kind, placement, is_trainable(node)) for placement in found]
 
@@ -324,21 +327,13 @@ class _Problem:
 
     def add_own_costs(self, seconds: float, price: float) -> None:
         """A table per variable: seconds plus the price of the bytes held."""
-        tie = 1e-9 * seconds / max(len(self._own), 1)  # between equals the first choice
+        tie = 1e-9 * seconds / max(len(self._own), 1)  # between equals the first choice, a sum once a step before all
         for variable, costs in self._own.items():
             slow = [variable in self._by_tokens and not choice.is_split for choice in self.choices[variable]]
             seconds_of = [LAST_RESORT * own if s else own for s, (own, _) in zip(slow, costs, strict=True)]
-            table = [seconds_of[k] + price * held + k * tie for k, (_, held) in enumerate(costs)]
+            ties = [-tie if choice == COPIED else k * tie for k, choice in enumerate(self.choices[variable])]
+            table = [own + price * held + first for own, (_, held), first in zip(seconds_of, costs, ties, strict=True)]
             self.factors.append(((variable,), torch.tensor(table, dtype=torch.float64)))
-
-    def _has_tokens(self, kind: TensorType) -> bool:
-        """True if a value has a sequence dim that can be split: one of its own, or fused with the batch."""
-        rows = size_symbol("B")
-        ways = [
-            Shard(dim, rows if not is_number(size) and rows in sympy.sympify(size).free_symbols else 1)
-            for dim, size in enumerate(kind.shape)
-        ]
-        return any(self._splits_tokens(kind, way) for way in ways)
 
     def prune(self, users: Users) -> None:
         """Take out choices that nothing can lead to or use: arc consistency over the edges. Keeps the exact solution small."""
@@ -383,9 +378,7 @@ class _Problem:
         whole = not isinstance(want.placement, (Partial, Shard))
         if tokens and isinstance(source, Shard) and not whole and source != want.placement:
             return float("inf")  # tokens are gathered for a split weight, not exchanged for features
-        if self.sequence_parallel is True and isinstance(source, Partial) and whole and self._has_tokens(kind):
-            return float("inf")  # reduce-scatter over tokens instead
-        regroup = tokens or (want.joins and isinstance(source, Copied))
+        regroup = self.regroup or tokens or (want.joins and isinstance(source, Copied))
         return self.pricing.reshard_seconds(kind, source, want.placement, self.axis_size, trainable, regroup)
 
     # ---- what passes between them -----------------------------------------------------------------------------------
@@ -492,9 +485,25 @@ def shard(
 
     `loss` must come out whole; other results of the model may stay split. `pins(name, type, choices)` narrows a parameter's choices.
     `sequence_parallel`: whether values between the matmuls may be split over tokens: False, "auto" (where it is cheaper), True (wherever
-    a sum over the axis can be scattered over tokens, it is).
-    NoLegalSharding if the pins leave no assignment.
+    an op can be). NoLegalSharding if the pins leave no assignment.
     """
+    given = (module, axis, axis_size, pricing, microbatches, in_flight, loss, pins, sequence_parallel)
+    try:
+        return _shard(*given, regroup=False)
+    except _Infeasible:
+        pass
+    try:
+        return _shard(*given, regroup=True)  # what a user pins may need values split where no matmul splits them
+    except _Infeasible:
+        raise NoLegalSharding(
+            "no assignment of placements satisfies the overrides", why="two of them contradict each other or an op rule"
+        ) from None
+
+
+def _shard(
+    module: fx.GraphModule, axis: str, axis_size: int, pricing: Pricing, microbatches: int, in_flight: int,
+    loss: fx.Node | None, pins: Pins | None, sequence_parallel: SequenceParallel, *, regroup: bool,
+) -> ShardPlan:  # fmt: skip
     graph = module.graph
     nodes = {node: call_of(node) for node in calls(graph) if is_call(node)}
     if axis_size == 1:
@@ -509,7 +518,7 @@ def shard(
     unruled = tuple(
         node for node in nodes if node in parametric and node not in bindings and not node.meta.get("mutates")
     )
-    problem = _Problem(pricing, axis_size, microbatches, in_flight, sequence_parallel, nodes, _Cuts(bindings))
+    problem = _Problem(pricing, axis_size, microbatches, in_flight, sequence_parallel, regroup, nodes, _Cuts(bindings))
     users: Users = {}
     for node in nodes:
         problem.add_call(node, node in parametric, node in bindings)
@@ -524,16 +533,13 @@ def shard(
     for node in parameters:
         problem.add_parameter(node, users, pins)
     priced = problem.price_memory()
-    try:
-        problem.prune(users)
-    except _Infeasible:
-        raise _no_assignment() from None
+    problem.prune(users)
     problem.add_own_costs(*priced)
     if loss is not None:
         problem.add_whole(value_of(loss))
     assignment, objective = problem.solve(users)
     if objective == float("inf"):
-        raise _no_assignment()
+        raise _Infeasible
     picked = {node: problem.choices[variable][assignment[variable]] for node, variable in problem.variables.items()}
     chosen = problem.fixed | {node: pick for node, pick in picked.items() if isinstance(pick, Strategy)}
     placements: dict[Value, Placement] = {
@@ -549,12 +555,6 @@ def _binding(call: Call) -> Binding | None:
         return RULES[call.op].binding(call) if call.op in RULES else None
     except ValueError:
         return None
-
-
-def _no_assignment() -> NoLegalSharding:
-    return NoLegalSharding(
-        "no assignment of placements satisfies the overrides", why="two of them contradict each other or an op rule"
-    )
 
 
 def _with_unit(placement: Placement, dims: list[dict[Any, Cut]] | None) -> Placement:

@@ -34,14 +34,14 @@ class Between(nn.Module):
     def __init__(self, between: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor] = lambda t: t) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.up, self.gate = nn.Linear(8, 16), nn.Linear(8, 16)
-        self.down, self.out = nn.Linear(16, 8, bias=False), nn.Linear(16, 8, bias=False)
-        self.scale = nn.Parameter(torch.randn(4))
+        self.up, self.gate = nn.Linear(8, 16), nn.Linear(8, 12)
+        self.down, self.out = nn.Linear(16, 8, bias=False), nn.Linear(12, 8, bias=False)
+        self.scale = nn.Parameter(torch.randn(3))  # no axis of two can split it
         self.between, self.after = between, after
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.down(self.between(self.up(x)))
-        second = self.out(self.gate(x).unflatten(-1, (4, 4)).mul(self.scale).tanh().flatten(-2))
+        second = self.out(self.gate(x).unflatten(-1, (4, 3)).mul(self.scale).tanh().flatten(-2))
         return (self.after(first) + second).square().mean()
 
 
@@ -64,7 +64,9 @@ def whole_sums(patch: pytest.MonkeyPatch) -> None:
 
     def forgetful(binding: Any, group: tuple[str, ...], *rest: Any) -> Strategy | None:
         found = made(binding, group, *rest)
-        contraction = found is not None and len(found.inputs) == 2 and all(isinstance(p, placement.Shard) for p in found.inputs)
+        contraction = (
+            found is not None and len(found.inputs) == 2 and all(isinstance(p, placement.Shard) for p in found.inputs)
+        )
         if not contraction or found is None or found.outputs != (placement.PARTIAL,):
             return found
         return replace(found, outputs=(placement.REPLICATE,))
@@ -74,8 +76,11 @@ def whole_sums(patch: pytest.MonkeyPatch) -> None:
 
 def contiguous_shards(patch: pytest.MonkeyPatch) -> None:
     """Fused q, k and v are cut as one dim: a rank gets rows of q only, or of q and k."""
+
     def cut(tensor: Tensor, placed: Any, **where: int) -> Tensor:
-        return placement.local_shard(tensor, replace(placed, segments=1) if isinstance(placed, placement.Shard) else placed, **where)
+        return placement.local_shard(
+            tensor, replace(placed, segments=1) if isinstance(placed, placement.Shard) else placed, **where
+        )
 
     patch.setattr(state, "local_shard", cut)
 
@@ -123,7 +128,11 @@ MUTATIONS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Break]] = {
 
 def report_of(name: str) -> autopar.Report:
     build, placements, _ = MUTATIONS[name]
-    batch = gpt_batch(rows=4, tokens=8) if build is gpt else {"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(1))}
+    batch = (
+        gpt_batch(rows=4, tokens=8)
+        if build is gpt
+        else {"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(1))}
+    )
     return autopar.verify(build(), batch, tp=2, microbatches=2, overrides={"placements": placements})
 
 

@@ -309,7 +309,11 @@ def objective_of_the_best(
             source = have[spot[0]]
             for want, joined in wants:
                 regroup = splits_tokens(kind, source) or splits_tokens(kind, want) or (joined and source == COPIED)
-                table[spot] += pricing.reshard_seconds(kind, source, want, axis_size, is_trainable(value), regroup)
+                turned = isinstance(source, Shard) and isinstance(want, Shard) and source != want
+                if turned and (splits_tokens(kind, source) or splits_tokens(kind, want)):
+                    table[spot] += INF  # tokens are not exchanged for features
+                else:
+                    table[spot] += pricing.reshard_seconds(kind, source, want, axis_size, is_trainable(value), regroup)
         add([value, *free], table) if value in domains else add(free, table[0])
     if net.loss is not None:
         add(
@@ -484,12 +488,16 @@ def test_without_a_reason_to_split_nothing_is_split(traced):
     assert {plan.placement(n) for n in model.graph_module.graph.nodes if is_state(n)} == {REPLICATE}
 
 
-def test_a_pin_that_leaves_no_assignment_is_refused():
-    """Features split for the sake of a pin, and a softmax over them that needs them whole."""
+def test_a_pin_splits_values_that_no_matmul_splits():
+    """Features split for the sake of a pin, and a softmax over them that needs them whole: they are gathered."""
     model = trace(nn.Sequential(nn.Linear(12, 12, bias=False), nn.Softmax(-1)), (torch.randn(4, 12),), {})
+    weight = next(n for n in model.graph_module.graph.nodes if is_state(n))
 
-    def pins(name: str, kind: TensorType, choices: Any) -> list[Placement]:
-        return [choice for choice in choices if choice == Shard(0)]
+    def pinned(wanted: Placement) -> Any:
+        pins = lambda name, kind, choices: [choice for choice in choices if choice == wanted]  # noqa: E731
+        return shard(model.graph_module, axis="tp", axis_size=2, pricing=Pricing(hardware("cpu"), model.sizes), pins=pins)
 
+    assert pinned(Shard(0)).placement(weight) == Shard(0)
+    assert pinned(Shard(1)).placement(weight) == Shard(1)
     with pytest.raises(NoLegalSharding, match="no assignment"):
-        shard(model.graph_module, axis="tp", axis_size=2, pricing=Pricing(hardware("cpu"), model.sizes), pins=pins)
+        pinned(Shard(0, 5))

@@ -47,7 +47,9 @@ def measure(name: str) -> dict[str, float | str]:
     start = time.perf_counter()
     traced = trace(model, (), {"input_ids": ids, "labels": ids})
     after_trace = time.perf_counter()
-    plan = make_plan(traced, mesh=MESH, microbatches=None, schedule="1f1b", hardware=hardware(HARDWARE), model_name=f"llama-{name}")
+    plan = make_plan(
+        traced, mesh=MESH, microbatches=None, schedule="1f1b", hardware=hardware(HARDWARE), model_name=f"llama-{name}"
+    )
     after_plan = time.perf_counter()
     characters = sum(len(plan.source(stage * MESH["tp"])) for stage in range(MESH["pp"]))
     end = time.perf_counter()
@@ -92,7 +94,11 @@ def main() -> None:
     }  # fmt: skip
     mesh = " x ".join(f"{axis}={size}" for axis, size in MESH.items())
     print(f"{mesh}, batch {ROWS} x {TOKENS}, bf16, {HARDWARE}, meta device")
-    print(tabulate([[row[key] for key in columns.values()] for row in rows], headers=list(columns), floatfmt=".3g", intfmt=","))
+    print(
+        tabulate(
+            [[row[key] for key in columns.values()] for row in rows], headers=list(columns), floatfmt=".3g", intfmt=","
+        )
+    )
 
 
 if __name__ == "__main__":

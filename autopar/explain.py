@@ -188,6 +188,7 @@ class _Problem:
             in_flight=self.in_flight,
             loss=self.loss,
             pins=pins,
+            may_regroup=name is None,  # candidates are compared within the plan's own rules
         )
 
     def _cost(self, plan: ShardPlan) -> tuple[float, float, float]:

@@ -480,12 +480,14 @@ class _Problem:
 def shard(
     module: fx.GraphModule, *, axis: str, axis_size: int, pricing: Pricing, microbatches: int = 1, in_flight: int = 1,
     loss: fx.Node | None = None, pins: Pins | None = None, sequence_parallel: SequenceParallel = False,
+    may_regroup: bool = True,
 ) -> ShardPlan:  # fmt: skip
     """The cheapest assignment of strategies and placements for one axis. The graph is not touched.
 
     `loss` must come out whole; other results of the model may stay split. `pins(name, type, choices)` narrows a parameter's choices.
     `sequence_parallel`: whether values between the matmuls may be split over tokens: False, "auto" (where it is cheaper), True (wherever
-    an op can be). NoLegalSharding if the pins leave no assignment.
+    an op can be). NoLegalSharding if the pins leave no assignment; with `may_regroup` only after values between the matmuls may be
+    split and gathered anywhere.
     """
     given = (module, axis, axis_size, pricing, microbatches, in_flight, loss, pins, sequence_parallel)
     try:
@@ -493,6 +495,8 @@ def shard(
     except _Infeasible:
         pass
     try:
+        if not may_regroup:
+            raise _Infeasible
         return _shard(*given, regroup=True)  # what a user pins may need values split where no matmul splits them
     except _Infeasible:
         raise NoLegalSharding(

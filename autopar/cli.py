@@ -160,17 +160,24 @@ def _parallel(arguments: argparse.Namespace, target: Target, progress: _Progress
     par = parallelize(
         target.model,
         None,
-        tp=arguments.tp,
-        pp=arguments.pp,
-        dp=arguments.dp,
-        microbatches=arguments.microbatches,
-        schedule=arguments.schedule,
-        hardware=_hardware(arguments),
+        **_layout(arguments),
     )
     progress("tracing and planning")
     with _quiet(arguments.debug):
         par._trace(*_arguments(inputs))
     return par
+
+
+def _layout(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `parallelize` and `verify` that every command takes."""
+    return {
+        "tp": arguments.tp,
+        "pp": arguments.pp,
+        "dp": arguments.dp,
+        "microbatches": arguments.microbatches,
+        "schedule": arguments.schedule,
+        "hardware": _hardware(arguments),
+    }
 
 
 @contextlib.contextmanager
@@ -302,12 +309,7 @@ def _run_verify(arguments: argparse.Namespace, progress: _Progress) -> int:
         report = verify(
             target.model,
             target.example_inputs,
-            tp=arguments.tp,
-            pp=arguments.pp,
-            dp=arguments.dp,
-            microbatches=arguments.microbatches,
-            schedule=arguments.schedule,
-            hardware=_hardware(arguments),
+            **_layout(arguments),
             **options,
         )
     progress.end()

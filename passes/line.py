@@ -10,7 +10,6 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from costmodel.ops import op_cost, op_saves
@@ -32,15 +31,6 @@ class NodeCost:
     backward_seconds: float = 0.0
     collective_seconds: float = 0.0
     saved_bytes: float = 0.0
-
-
-def local_types(node: fx.Node, axis_sizes: Mapping[str, int]) -> tuple[torch.dtype, tuple[object, ...]] | None:
-    """dtype and local symbolic shape of a localized tensor node."""
-    kind = tensor_type(node)
-    if kind is None:
-        return None
-    local = local_type(kind, sharding(node), axis_sizes)
-    return local.dtype, local.shape
 
 
 def node_cost(node: fx.Node, pricing: Pricing, axis_sizes: Mapping[str, int], saved: set[object]) -> NodeCost:

@@ -18,7 +18,7 @@ from torch import fx
 
 from passes.grouped_heads import group_heads
 from passes.ir import is_kept, is_trainable, output_types, size_expr, tensor_inputs, tensor_type
-from passes.placement import Copied, Placement, Replicate, Shard
+from passes.placement import Placement, Replicate, Shard, is_whole
 from passes.reshard import find_reshard
 from passes.rules import RULES, Strategy
 from passes.shard import ShardPlan, Value, value_of
@@ -82,7 +82,7 @@ class _Localizer:
         """The copy of a tensor node in the placement a user wants."""
         have = self.plan.placement(node)
         copy = self.copies[node]
-        both_whole = isinstance(have, (Replicate, Copied)) and isinstance(want, (Replicate, Copied))
+        both_whole = is_whole(have) and is_whole(want)
         if have == want or (both_whole and not is_trainable(node)):
             return copy
         key = (value_of(node), want)

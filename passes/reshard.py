@@ -19,7 +19,7 @@ import torch
 
 from costmodel.collectives import all_gather_seconds, all_reduce_seconds, all_to_all_seconds, reduce_scatter_seconds
 from costmodel.hardware import Hardware, Link
-from passes.placement import Copied, Partial, Placement, Replicate, Shard, local_shard, whole_tensor
+from passes.placement import Copied, Partial, Placement, Replicate, Shard, is_whole, local_shard, whole_tensor
 
 Segments = int | tuple[int, ...]
 
@@ -282,7 +282,7 @@ def reshard_seconds(
     write of the whole value where they are put together or taken apart.
     """
     if have == want or (
-        not trainable and isinstance(have, (Replicate, Copied)) and isinstance(want, (Replicate, Copied))
+        not trainable and is_whole(have) and is_whole(want)
     ):
         return 0.0
     row = find_reshard(have, want)

@@ -7,37 +7,42 @@ handled, with one message on stderr. Results go to stdout; progress goes to stde
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import json
-import logging
 import os
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from autopar.cli_options import (
+    BAD,
+    CHECK_FAILED,
+    DONE,
+    Progress,
+    check_writable,
+    layout,
+    load_plan,
+    parallel,
+    plan_of,
+    plan_options,
+    progress_line,
+    quiet,
+    resolve_target,
+    target_options,
+)
+from autopar.cli_timeline import run_timeline, timeline_arguments
 from autopar.emit_files import emit_files, save_weights
 from autopar.explain import LEGEND, explain
-from autopar.parallelize import ParallelModel, _arguments, parallelize
-from autopar.plan import Plan
 from autopar.plan_diff import diff_text
-from autopar.plan_text import plan_json, plan_text, timeline_text, title
+from autopar.plan_text import plan_json, plan_text, title
 from autopar.state import local_tensors
-from autopar.targets import Target, resolve
 from autopar.verify import verify
 from costmodel.errors import AutoparError, BadArgument
-from costmodel.hardware import Hardware
-from costmodel.hardware import hardware as hardware_named
-from passes.schedules import SCHEDULES
-
-DONE, CHECK_FAILED, BAD = 0, 1, 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,208 +52,13 @@ class _Parser(argparse.ArgumentParser):
         raise BadArgument(message, use=f"{self.prog} --help")
 
 
-# ---- progress -----------------------------------------------------------------------------------------------------
-
-
-class _Progress:
-    """What is being done, on one line of a terminal that is gone afterwards. Silent in a pipe."""
-
-    def __init__(self) -> None:
-        self.shown, self.begin = sys.stderr.isatty(), time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        if self.shown:
-            seconds = time.monotonic() - self.begin
-            print(f"\r\x1b[2K{text} ... ({seconds:.0f} s)", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self.shown:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[_Progress]:
-    progress = _Progress()
-    try:
-        yield progress
-    finally:
-        progress.end()
-
-
-# ---- options that several commands share --------------------------------------------------------------------------
-
-
-def _degree(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return value
-
-
-def _target_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument(
-        "target",
-        metavar="TARGET",
-        nargs=None if required else "?",
-        help="path/to/file.py:name or package.module:name (a function returning (model, example_inputs), "
-        "or a module class or instance "
-        "with example_inputs), or hf:MODEL_TYPE",
-    )
-    hub = parser.add_argument_group("for hf: targets")
-    hub.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        dest="settings",
-        help="change the model's config (repeatable)",
-    )
-    hub.add_argument("--batch", type=_degree, metavar="N", help="rows of the example batch (default 8)")
-    hub.add_argument("--seq", type=_degree, metavar="N", help="tokens of a row (default 128)")
-
-
-def _plan_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the plan")
-    group.add_argument("--tp", type=_degree, default=1, metavar="N", help="tensor-parallel ranks a stage (default 1)")
-    group.add_argument("--pp", type=_degree, default=1, metavar="N", help="pipeline stages (default 1)")
-    group.add_argument("--dp", type=_degree, default=1, metavar="N", help="data-parallel replicas (default 1)")
-    group.add_argument("--microbatches", type=_degree, metavar="N", help="parts of the batch (default: chosen)")
-    group.add_argument(
-        "--schedule", default="1f1b", metavar="NAME", help=f"one of {', '.join(SCHEDULES)} (default 1f1b)"
-    )
-    group.add_argument(
-        "--hardware", metavar="NAME", help="a profile's name or its JSON file (default: this machine's kind)"
-    )
-    group.add_argument(
-        "--nodes",
-        type=_degree,
-        metavar="N",
-        help="nodes that the ranks are spread over (default: as few as the profile's node size allows)",
-    )
-
-
-def _hardware(arguments: argparse.Namespace) -> Hardware | str | None:
-    given = arguments.hardware
-    profile: Hardware | None = None
-    if given is not None:
-        path = Path(given)
-        if path.suffix == ".json" or path.is_file():
-            try:
-                profile = Hardware.from_json(path.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                raise BadArgument(f"cannot read the hardware profile {given}", why=str(error)) from error
-        else:
-            profile = hardware_named(given)
-    if arguments.nodes is None:
-        return profile
-    ranks = arguments.tp * arguments.pp * arguments.dp
-    if ranks % arguments.nodes:
-        raise BadArgument(
-            f"{ranks} ranks cannot be spread evenly over {arguments.nodes} nodes", use="a divisor of the ranks"
-        )
-    profile = profile or hardware_named("cpu")
-    name = f"{profile.name} on {arguments.nodes} node{'s' if arguments.nodes > 1 else ''}"
-    return dataclasses.replace(profile, name=name, devices_per_node=ranks // arguments.nodes)
-
-
-def _parallel(arguments: argparse.Namespace, target: Target, progress: _Progress) -> ParallelModel:
-    """The model traced and planned."""
-    inputs = target.example_inputs
-    par = parallelize(
-        target.model,
-        None,
-        **_layout(arguments),
-    )
-    progress("tracing and planning")
-    with _quiet(arguments.debug):
-        par._trace(*_arguments(inputs))
-    return par
-
-
-def _layout(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `parallelize` and `verify` that every command takes."""
-    return {
-        "tp": arguments.tp,
-        "pp": arguments.pp,
-        "dp": arguments.dp,
-        "microbatches": arguments.microbatches,
-        "schedule": arguments.schedule,
-        "hardware": _hardware(arguments),
-    }
-
-
-@contextlib.contextmanager
-def _quiet(debug: bool) -> Iterator[None]:
-    """Keep what torch prints and logs about its insides, such as the graph it gave up on, off the terminal."""
-    if debug:
-        yield
-        return
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _load(path: str) -> Plan:
-    """A saved plan; every error names the file."""
-    try:
-        return Plan.load(path)
-    except AutoparError as error:
-        if path in str(error):
-            raise
-        raise type(error)(error.what, where=path, why=error.why, use=error.use) from error
-
-
-def _resolve(arguments: argparse.Namespace, progress: _Progress, meta: bool = True) -> Target:
-    progress(f"building {arguments.target}")
-    return resolve(arguments.target, meta=meta, settings=arguments.settings, batch=arguments.batch, seq=arguments.seq)
-
-
-def _plan(arguments: argparse.Namespace, progress: _Progress) -> Plan:
-    """The plan of `--plan FILE` or of TARGET."""
-    if (arguments.plan is None) == (arguments.target is None):
-        raise BadArgument("give a TARGET or --plan FILE" + ("" if arguments.plan is None else ", not both"))
-    if arguments.plan is not None:
-        if used := _given_options(arguments):
-            raise BadArgument(f"{', '.join(used)} cannot be changed in a saved plan", use="a TARGET, to make a new one")
-        progress(f"reading {arguments.plan}")
-        return _load(arguments.plan)
-    return _parallel(arguments, _resolve(arguments, progress), progress).plan
-
-
-def _given_options(arguments: argparse.Namespace) -> list[str]:
-    defaults: dict[str, Any] = {
-        "tp": 1,
-        "pp": 1,
-        "dp": 1,
-        "microbatches": None,
-        "schedule": "1f1b",
-        "hardware": None,
-        "nodes": None,
-        "settings": [],
-        "batch": None,
-        "seq": None,
-    }
-    return [
-        f"--{'set' if name == 'settings' else name}"
-        for name, value in defaults.items()
-        if getattr(arguments, name) != value
-    ]
-
-
 # ---- the commands -------------------------------------------------------------------------------------------------
 
 
-def _run_plan(arguments: argparse.Namespace, progress: _Progress) -> int:
+def _run_plan(arguments: argparse.Namespace, progress: Progress) -> int:
     if arguments.save is not None:
-        _check_writable(arguments.save)
-    plan = _parallel(arguments, _resolve(arguments, progress), progress).plan
+        check_writable(arguments.save)
+    plan = parallel(arguments, resolve_target(arguments, progress), progress).plan
     text = plan_json(plan) if arguments.json else plan_text(plan)
     progress.end()
     if arguments.save is not None:
@@ -260,25 +70,16 @@ def _run_plan(arguments: argparse.Namespace, progress: _Progress) -> int:
     return DONE
 
 
-def _check_writable(path: str) -> None:
-    folder = Path(path).resolve().parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise BadArgument(
-            f"cannot write {path}",
-            why="it is a folder" if Path(path).is_dir() else f"{folder} is no folder that can be written to",
-        )
-
-
-def _run_emit(arguments: argparse.Namespace, progress: _Progress) -> int:
+def _run_emit(arguments: argparse.Namespace, progress: Progress) -> int:
     out = Path(arguments.out)
     if not arguments.weights:
-        plan = _plan(arguments, progress)
+        plan = plan_of(arguments, progress)
         progress("emitting")
         paths = emit_files(plan, out)
     else:
         if arguments.plan is not None or arguments.target is None:
             raise BadArgument("--weights needs a TARGET", why="a saved plan has no weights")
-        par = _parallel(arguments, _resolve(arguments, progress, meta=False), progress)
+        par = parallel(arguments, resolve_target(arguments, progress, meta=False), progress)
         plan, traced = par.plan, par._traced
         assert traced is not None
         paths = emit_files(plan, out)
@@ -299,17 +100,17 @@ def _run_emit(arguments: argparse.Namespace, progress: _Progress) -> int:
     return DONE
 
 
-def _run_verify(arguments: argparse.Namespace, progress: _Progress) -> int:
-    target = _resolve(arguments, progress, meta=False)
+def _run_verify(arguments: argparse.Namespace, progress: Progress) -> int:
+    target = resolve_target(arguments, progress, meta=False)
     if arguments.target.startswith("hf:"):
         target.model.eval()  # dropout draws other numbers on other ranks: nothing to compare
     progress("running the untouched model and all ranks")
     options: dict[str, Any] = {} if arguments.tolerance is None else {"tolerance": arguments.tolerance}
-    with _quiet(arguments.debug):
+    with quiet(arguments.debug):
         report = verify(
             target.model,
             target.example_inputs,
-            **_layout(arguments),
+            **layout(arguments),
             **options,
         )
     progress.end()
@@ -327,8 +128,8 @@ def _run_verify(arguments: argparse.Namespace, progress: _Progress) -> int:
     return DONE if report.ok else CHECK_FAILED
 
 
-def _run_explain(arguments: argparse.Namespace, progress: _Progress) -> int:
-    par = _parallel(arguments, _resolve(arguments, progress), progress)
+def _run_explain(arguments: argparse.Namespace, progress: Progress) -> int:
+    par = parallel(arguments, resolve_target(arguments, progress), progress)
     traced = par._traced
     assert traced is not None
     found = explain(
@@ -350,18 +151,8 @@ def _run_explain(arguments: argparse.Namespace, progress: _Progress) -> int:
     return DONE
 
 
-def _run_timeline(arguments: argparse.Namespace, progress: _Progress) -> int:
-    plan = _plan(arguments, progress)
-    progress.end()
-    if arguments.json:
-        print(json.dumps([dataclasses.asdict(span) for span in plan.timeline()], indent=1))
-    else:
-        print(f"{title(plan)[0]}\n{timeline_text(plan)}")
-    return DONE
-
-
-def _run_diff(arguments: argparse.Namespace, progress: _Progress) -> int:
-    print(diff_text(_load(arguments.before), _load(arguments.after)), end="")
+def _run_diff(arguments: argparse.Namespace, progress: Progress) -> int:
+    print(diff_text(load_plan(arguments.before), load_plan(arguments.after)), end="")
     return DONE
 
 
@@ -375,12 +166,12 @@ class _Command:
     help: str
     examples: tuple[str, ...]
     options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace, _Progress], int]
+    run: Callable[[argparse.Namespace, Progress], int]
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    _target_options(parser)
-    _plan_options(parser)
+    target_options(parser)
+    plan_options(parser)
     parser.add_argument(
         "--save", metavar="FILE", help="also write the plan, for `autopar emit --plan` and `autopar diff`"
     )
@@ -390,7 +181,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _emit_arguments(parser: argparse.ArgumentParser) -> None:
-    _target_options(parser, required=False)
+    target_options(parser, required=False)
     parser.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder, or one emitted before")
     parser.add_argument("--plan", metavar="FILE", help="a saved plan, instead of TARGET")
     parser.add_argument(
@@ -398,12 +189,12 @@ def _emit_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="build the model with its weights and write each rank's shards beside its program",
     )
-    _plan_options(parser)
+    plan_options(parser)
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    _target_options(parser)
-    _plan_options(parser)
+    target_options(parser)
+    plan_options(parser)
     parser.add_argument(
         "--tolerance", type=float, metavar="X", help="largest relative difference of a gradient (default 1e-5 in fp32)"
     )
@@ -411,17 +202,10 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
-    _target_options(parser)
+    target_options(parser)
     parser.add_argument("name", metavar="NAME", help="a parameter's name, or a module's path for all of its parameters")
-    _plan_options(parser)
+    plan_options(parser)
     parser.add_argument("--json", action="store_true", help="print the candidates as JSON")
-
-
-def _timeline_arguments(parser: argparse.ArgumentParser) -> None:
-    _target_options(parser, required=False)
-    parser.add_argument("--plan", metavar="FILE", help="a saved plan, instead of TARGET")
-    _plan_options(parser)
-    parser.add_argument("--json", action="store_true", help="print the spans as JSON")
 
 
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
@@ -469,8 +253,8 @@ _COMMANDS: dict[str, _Command] = {
     "timeline": _Command(
         "print the schedule as it should run",
         ("autopar timeline examples/mlp.py:example --pp 2 --schedule gpipe", "autopar timeline --plan plan.json"),
-        _timeline_arguments,
-        _run_timeline,
+        timeline_arguments,
+        run_timeline,
     ),
     "diff": _Command(
         "show what differs between two saved plans, and what it does to time and memory",
@@ -509,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         arguments = parser().parse_args(words)
-        with warnings.catch_warnings(), _progress() as progress:
+        with warnings.catch_warnings(), progress_line() as progress:
             if not debug:
                 warnings.simplefilter("ignore")  # torch's own, about its insides
             return _COMMANDS[arguments.command].run(arguments, progress)

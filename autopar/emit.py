@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,9 @@ from passes.instructions import Instruction
 from passes.ir import is_state, origin, size_expr, tensor_type
 from passes.localize import sharding
 from passes.placement import Shard, type_text
+from passes.recompute import segment_inputs, segment_of, segment_results, segments_of
 from passes.serialize import target_name
+from passes.split_backward import deferrable, operands
 
 if TYPE_CHECKING:
     from autopar.plan import Plan, StagePlan
@@ -50,8 +52,8 @@ def _size_text(node: fx.Node, outer: bool = False) -> str:
 class _Body:
     """The statements of one graph."""
 
-    def __init__(self, axes: Sequence[str], in_stage: bool) -> None:
-        self.axes, self.in_stage = axes, in_stage
+    def __init__(self, axes: Sequence[str], in_stage: bool, deferred: Collection[fx.Node] = ()) -> None:
+        self.axes, self.in_stage, self.deferred = axes, in_stage, deferred
         self.functions: set[str] = set()
         self.lines: list[str] = []
         self.last_origin: tuple[str, int, str] | None = None
@@ -76,6 +78,10 @@ class _Body:
         return repr(arg)
 
     def expression(self, node: fx.Node) -> str:
+        if node in self.deferred:
+            name = "deferred_linear" if node.target is torch.ops.aten.linear.default else "deferred_matmul"
+            self.functions.add(name)
+            return f"{name}({', '.join(self.argument(each) for each in operands(node) if each is not None)}, stage=self)"
         args = [self.argument(arg) for arg in node.args]
         kwargs = {
             key: self.argument(value)
@@ -129,6 +135,37 @@ class _Body:
         return type_text(kind, sharding(node)) if kind is not None else ""
 
 
+class _Method:
+    """A segment that backward computes again: a method of the stage, and the statement of forward that calls it."""
+
+    def __init__(self, name: str, graph: fx.Graph, axes: Sequence[str], deferred: Collection[fx.Node]) -> None:
+        self.name, self.body = name, _Body(axes, in_stage=True, deferred=deferred)
+        nodes = [node for node in graph.nodes if segment_of(node) == name]
+        self.last = nodes[-1]
+        self.inputs, sizes = segment_inputs(nodes)
+        self.results = segment_results(nodes)
+        self.arguments = [*(node.name for node in self.inputs), *(node.name for node in sizes)]
+        self.random = any(is_random(node) for node in nodes)
+
+    def lines(self) -> list[str]:
+        """The method."""
+        uses_state = any('p("' in line for line in self.body.lines)
+        return [
+            "", f"    def {self.name}({', '.join(['self', *self.arguments])}):",
+            *(["        p = self.p"] if uses_state else []),
+            *(("        " + line) if line else "" for line in self.body.lines),
+            f"        return {', '.join(node.name for node in self.results)}",
+        ]  # fmt: skip
+
+    def call(self) -> str:
+        """Its statement in forward."""
+        random = ["random=True"] if self.random else []
+        call = f"recompute({', '.join([f'self.{self.name}', *self.arguments, *random])})"
+        types = "; ".join(dict.fromkeys(_Body.type_of(node) for node in self.results))
+        kept = ", ".join(node.name for node in self.inputs) or "nothing"
+        return _with_comment(f"{', '.join(node.name for node in self.results)} = {call}", f"{types}; kept: {kept}")
+
+
 def _num_results(node: fx.Node) -> int:
     sizes = node.args[1] if len(node.args) > 1 else ()
     return len(sizes) if isinstance(sizes, (list, tuple)) else 0
@@ -141,6 +178,8 @@ def _remark(node: fx.Node) -> str:
         return "; its gradient is all-reduced"
     if name == "all_reduce":
         return "; its gradient is all-reduced too" if partial else ""
+    if name == "pad_shard":
+        return "; zeros behind what the rank holds"
     if name == "own_gradient":
         return "; rank 0's gradient counts"
     return ""
@@ -173,12 +212,20 @@ def _quoted(values: Mapping[str, str]) -> dict[str, str]:
 def emit_stage(stage: StagePlan, plan: Plan) -> tuple[str, set[str]]:
     """The class of a stage, and the runtime functions it calls."""
     graph = stage.graph_module.graph
-    body = _Body(tuple(plan.mesh), in_stage=True)
+    deferred = deferrable(graph) if plan.splits_backward else frozenset()
+    body = _Body(tuple(plan.mesh), in_stage=True, deferred=deferred)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     received = [node.name for node in placeholders if "received" in node.meta]
     keywords = [node.name for node in placeholders if "received" not in node.meta]
+    methods = {name: _Method(name, graph, tuple(plan.mesh), deferred) for name in segments_of(graph)}
     for node in graph.nodes:
-        if node.op == "call_function":
+        method = methods.get(segment_of(node))
+        if method is not None:
+            method.body.statement(node)
+            if node is method.last:
+                body.lines += ["", f"# {method.name}: computed again in backward", method.call()]
+                body.last_origin = None
+        elif node.op == "call_function":
             body.statement(node)
     output = next(node for node in graph.nodes if node.op == "output")
     results = output.args[0] if isinstance(output.args[0], (list, tuple)) else (output.args[0],)
@@ -200,6 +247,7 @@ def emit_stage(stage: StagePlan, plan: Plan) -> tuple[str, set[str]]:
         [f"    PARTIAL_GRADIENTS = {_tuple_text(stage.partial_gradients)}"] if stage.partial_gradients else [],
         _dict_lines("TIED", {name: repr(stages) for name, stages in stage.tied.items()}),
         [f"    TIED_EXACT = {plan.tied_exact}"] if stage.tied and not plan.tied_exact else [],
+        [f"    OWN_BUFFERS = {_tuple_text(own)}"] if (own := _own_buffers(stage, plan)) else [],
     ]  # fmt: skip
     for declaration in declarations:
         lines += declaration
@@ -213,7 +261,23 @@ def emit_stage(stage: StagePlan, plan: Plan) -> tuple[str, set[str]]:
         )
     lines += [("        " + line) if line else "" for line in body.lines]
     lines.append(f"        return {_returned(returned)}")
+    for method in methods.values():
+        lines += method.lines()
+        body.functions |= {"recompute"} | method.body.functions
     return "\n".join(lines), body.functions
+
+
+def _own_buffers(stage: StagePlan, plan: Plan) -> tuple[str, ...]:
+    """The buffers that this stage updates and an earlier one of its rank as well: each has a copy, as on two ranks."""
+    earlier = {
+        name
+        for other in plan.stages[: stage.index]
+        if plan.stage_ranks[other.index] == plan.stage_ranks[stage.index]
+        for name in other.buffers
+    }
+    nodes = stage.graph_module.graph.nodes if earlier else ()
+    updated = {name for node in nodes for name in node.meta.get("mutates", ())}
+    return tuple(name for name in stage.buffers if name in earlier and name in updated)
 
 
 def _returned(values: Sequence[str]) -> str:
@@ -251,8 +315,8 @@ def emit_loss_weights(plan: Plan) -> tuple[str, set[str]]:
 _INSTRUCTION_WIDTH = 110
 
 
-def _schedule_text(instructions: Sequence[Instruction]) -> str:
-    lines, line = ["SCHEDULE = ["], "   "
+def _schedule_text(name: str, instructions: Sequence[Instruction]) -> str:
+    lines, line = [f"{name} = ["], "   "
     for instruction in instructions:
         text = f" {instruction!r},"
         if len(line) + len(text) > _INSTRUCTION_WIDTH:
@@ -264,21 +328,27 @@ def _schedule_text(instructions: Sequence[Instruction]) -> str:
 
 def emit_program(plan: Plan, rank: int) -> str:
     """The program of a rank: what `plan.source(rank)` returns."""
-    coords = plan.coords(rank)
-    stage = plan.stages[coords["pp"]]
-    class_text, functions = emit_stage(stage, plan)
-    shares = any("loss_share" in node.meta for node in stage.graph_module.graph.nodes)
+    coords, stages = plan.coords(rank), plan.rank_stages(rank)
+    emitted = [emit_stage(stage, plan) for stage in stages]
+    class_texts, functions = [text for text, _ in emitted], set().union(*(used for _, used in emitted))
+    shares = any("loss_share" in node.meta for stage in stages for node in stage.graph_module.graph.nodes)
     weights_text, more = emit_loss_weights(plan) if shares else ("", set())
-    schedule = plan.instructions[coords["pp"]]
+    lists = {"SCHEDULE": plan.instructions[coords["pp"]]}
+    if len(stages) > 1:
+        lists["EVALUATION"] = plan.evaluation[coords["pp"]]
+    instructions = {type(instruction).__name__ for listed in lists.values() for instruction in listed}
     imports = sorted(
-        functions | more | {type(instruction).__name__ for instruction in schedule} | {"StageModule"}
-        | ({"Receive"} if stage.receives else set()) | ({"Send"} if stage.sends else set())
+        functions | more | instructions | {"StageModule"}
+        | ({"Receive"} if any(stage.receives for stage in stages) else set())
+        | ({"Send"} if any(stage.sends for stage in stages) else set())
     )  # fmt: skip
     shard = f", tensor shard {coords['tp']} of {plan.mesh['tp']}" if plan.mesh.get("tp", 1) > 1 else ""
-    text = re.sub(r"#.*", "", "\n".join((class_text, weights_text)))
+    numbers = " and ".join(str(stage.index) for stage in stages)
+    text = re.sub(r"#.*", "", "\n".join((*class_texts, weights_text)))
+    placed = f"\nSTAGE_RANKS = {plan.stage_ranks!r}" if len(stages) > 1 else ""
     parts = [
-        f'"""Rank {rank} of {plan.num_ranks}: pipeline stage {coords["pp"]} of {plan.mesh["pp"]}{shard}. '
-        f'Emitted by autopar from {plan.model} (plan {plan.identity})."""',
+        f'"""Rank {rank} of {plan.num_ranks}: pipeline stage{"s" if len(stages) > 1 else ""} {numbers} of {len(plan.stages)}'
+        f'{shard}. Emitted by autopar from {plan.model} (plan {plan.identity})."""',
         "\n".join(
             [
                 *(["import math"] if "math." in text else []),
@@ -289,13 +359,12 @@ def emit_program(plan: Plan, rank: int) -> str:
                 *(["", "aten = torch.ops.aten"] if "aten." in text else []),
             ]
         ).strip("\n"),
-        f"MESH = {_json_dict(plan.mesh)}\nCOORDS = {_json_dict(coords)}\nBATCH = {_json_dict(plan.inputs)}",
-        class_text,
+        f"MESH = {_json_dict(plan.mesh)}\nCOORDS = {_json_dict(coords)}\nBATCH = {_json_dict(plan.inputs)}{placed}",
     ]
-    body = parts[0] + "\n" + parts[1] + "\n\n" + parts[2] + "\n\n\n" + parts[3] + "\n"
-    if weights_text:
-        body += "\n\n" + weights_text + "\n"
-    body += "\n\n" + _schedule_text(schedule) + "\n"
+    body = parts[0] + "\n" + parts[1] + "\n\n" + parts[2] + "\n"
+    for class_text in (*class_texts, *([weights_text] if weights_text else [])):
+        body += "\n\n" + class_text + "\n"
+    body += "\n\n" + "\n\n".join(_schedule_text(name, listed) for name, listed in lists.items()) + "\n"
     return body
 
 

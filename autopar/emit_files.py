@@ -134,7 +134,7 @@ def save_weights(
     names than the program's; BadPlan if there is no such program.
     """
     program = read_program(folder, rank)
-    placements = {**program.stage.PARAMS, **program.stage.BUFFERS}
+    placements = {**program.parameters, **program.buffers}
     tensors = {**parameters, **buffers}
     if set(tensors) != set(placements):
         raise BadArgument(
@@ -171,7 +171,7 @@ def load_weights(path: Path, program: Program) -> dict[str, torch.Tensor]:
             f"cannot read the weights {path}",
             why=str(error).strip().splitlines()[0] if str(error) else type(error).__name__,
         ) from error
-    if found != (dict(program.mesh), dict(program.coords), {**program.stage.PARAMS, **program.stage.BUFFERS}):
+    if found != (dict(program.mesh), dict(program.coords), {**program.parameters, **program.buffers}):
         raise BadPlan(
             f"the weights {path} belong to another plan",
             why="its mesh or its placements differ",

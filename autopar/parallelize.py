@@ -19,7 +19,9 @@ from autopar.plan import Plan
 from autopar.planner import as_planned, fingerprint, make_plan
 from autopar.program import Program, load_program
 from autopar.ranks import ProcessRank, Ranks, ThreadedRanks
+from autopar.runtime.compiled import Compile
 from autopar.runtime.world import check_world_size, launched
+from autopar.step_profile import StepProfile, step_profile
 from autopar.trace import Traced, trace
 from costmodel.errors import AutoparError, BadArgument, BadPlan, DoesNotFit
 from costmodel.hardware import Hardware
@@ -40,14 +42,16 @@ def parallelize(
     dp: int = 1,
     microbatches: int | None = None,
     schedule: str = "1f1b",
+    virtual_stages: int | None = None,
     loss_fn: Callable[..., torch.Tensor] | None = None,
     zero: int = 0,
     precision: str = "fp32",
-    recompute: str = "none",
+    recompute: str | int = "none",
     sequence_parallel: SequenceParallel = False,
     hardware: str | Hardware | None = None,
     overrides: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
+    compile: Compile = False,
     device: torch.device | str | None = None,
     seed: int = 0,
 ) -> ParallelModel:
@@ -58,11 +62,14 @@ def parallelize(
     being the arguments that forward does not take; else what the model returns: a scalar, the first of a tuple, `.loss` or `["loss"]`.
 
     microbatches: how many the batch is split into along the pipeline (None: four a stage, as far as there are rows). schedule: a name in
-    `autopar.schedules.SCHEDULES`. sequence_parallel: split norms, dropouts and residuals over tokens on the tp axis: False, "auto" (where
-    the cost model finds it cheaper), True. hardware: a profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
+    `autopar.schedules.SCHEDULES`. virtual_stages: stages a pipeline rank, for schedules with several (None: the schedule's default).
+    compile: torch.compile each stage's forward (True, a backend's name, or a dict of torch.compile's options). sequence_parallel: split norms, dropouts and residuals over tokens on the tp axis: False, "auto" (where
+    the cost model finds it cheaper), True. recompute: what backward computes again instead of keeping it: "none", "selective" (what is
+    cheap for the bytes it frees), "full" (layers keep only their inputs), or the most bytes that a rank may hold. hardware: a profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
     plan: a saved plan of this model to use as it is. device: where ranks compute (None: where the model is). seed: for dropout.
 
-    Errors: BadArgument, CaptureError (forward cannot be one graph), TooManyStages, NoLegalSharding, BadPlan.
+    Errors: BadArgument, CaptureError (forward cannot be one graph), TooManyStages, NoLegalSharding, BadPlan, DoesNotFit (more
+    bytes than `recompute` allows, whatever is computed again).
     """
     degrees = {"tp": tp, "pp": pp, "dp": dp}
     for name, degree in degrees.items():
@@ -76,18 +83,25 @@ def parallelize(
         ("dp", dp, 1),
         ("zero", zero, 0),
         ("precision", precision, "fp32"),
-        ("recompute", recompute, "none"),
     ):
         if value != only:
             raise BadArgument(f"{name} = {value!r} is not supported by this version", use=f"{name}={only!r}")
     if not isinstance(model, nn.Module):
         raise BadArgument(f"the model is a {type(model).__name__}, not an nn.Module")
+    if recompute not in ("none", "selective", "full") and (
+        isinstance(recompute, bool) or not isinstance(recompute, int) or recompute < 1
+    ):
+        raise BadArgument(
+            f"recompute = {recompute!r}", use='"none", "selective", "full", or the most bytes that a rank may hold (an int)'
+        )
     if sequence_parallel not in (False, True, "auto"):
         raise BadArgument(f"sequence_parallel = {sequence_parallel!r}", use='False, True or "auto"')
-    schedule_named(schedule)
+    schedule_named(schedule).checked_virtual_stages(virtual_stages)
+    if not isinstance(compile, (bool, str, Mapping)):
+        raise BadArgument(f"compile = {compile!r}", use="False, True, a backend's name, or a dict of torch.compile's options")
     options = _Options(
         dict(plan.mesh) if plan is not None else {"pp": pp, "tp": tp}, microbatches, schedule, loss_fn, _hardware(hardware, model),
-        Overrides.of(overrides), plan, sequence_parallel, _device(device, model), seed,
+        Overrides.of(overrides), plan, sequence_parallel, _device(device, model), seed, virtual_stages, compile, recompute,
     )  # fmt: skip
     if launched():
         check_world_size(_world_size(), options.mesh)
@@ -155,6 +169,9 @@ class _Options:
     sequence_parallel: SequenceParallel
     device: torch.device
     seed: int
+    virtual_stages: int | None
+    compile: Compile
+    recompute: str | int
 
 
 def model_name(model: nn.Module) -> str:
@@ -224,6 +241,8 @@ class ParallelModel:
             self._plan = make_plan(
                 self._traced, mesh=options.mesh, microbatches=options.microbatches, schedule=options.schedule, hardware=options.hardware,
                 model_name=model_name(self._model), overrides=options.overrides, sequence_parallel=options.sequence_parallel,
+                recompute=options.recompute,
+                virtual_stages=options.virtual_stages,
             )  # fmt: skip
         return self._traced
 
@@ -252,14 +271,14 @@ class ParallelModel:
         """Ranks for a plan; with the parameters of `like`, if given."""
         if launched():
             assert like is None or isinstance(like, ProcessRank)
-            return ProcessRank(plan, traced, self._options.device, self._options.seed, like)
+            return ProcessRank(plan, traced, self._options.device, self._options.seed, like, self._options.compile)
         if plan.num_ranks > MOST_THREADS:
             raise DoesNotFit(
                 f"the plan needs {plan.num_ranks} ranks, too many for threads of one process",
                 use=f"torchrun with {plan.num_ranks} ranks, or a smaller mesh to try it here",
             )
         assert like is None or isinstance(like, ThreadedRanks)
-        return ThreadedRanks(plan, traced, self._options.device, self._options.seed, like)
+        return ThreadedRanks(plan, traced, self._options.device, self._options.seed, like, self._options.compile)
 
     def _form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Form, dict[str, torch.Tensor]]:
         """What runs this call, and its tensors by name.
@@ -308,9 +327,10 @@ class ParallelModel:
                 return form, batch, sizes
             rows = sizes.get("B", 1)
             plan = make_plan(
-                traced, mesh=self._options.mesh, microbatches=max(1, min(self.plan.microbatches, rows)), schedule=self._options.schedule,
+                traced, mesh=self._options.mesh, microbatches=max(1, min(self.plan.microbatches, rows)), schedule=self.plan.schedule,
                 hardware=self._options.hardware, model_name=self.plan.model, overrides=as_planned(self.plan, traced),
-                sequence_parallel=self._options.sequence_parallel,
+                sequence_parallel=self._options.sequence_parallel, virtual_stages=self.plan.virtual_stages,
+                recompute=self.plan.recompute,
             )  # fmt: skip
             self._check_held(plan)
         except AutoparError as error:
@@ -362,6 +382,19 @@ class ParallelModel:
         Returns the loss as a 0-dim tensor, on every rank: what the single-device model gives for this batch. BadArgument if the
         model returns no loss or the batch does not fit; RankFailed if another rank died or stalled.
         """
+        ranks, batch, _ = self._to_train(args, kwargs)
+        return ranks.step(batch)
+
+    def profile_step(self, *args: Any, **kwargs: Any) -> StepProfile:
+        """`step`, recorded: what each rank did when, and where the step's time went.
+
+        Gradients are added to `.grad` as ever; `.loss` of what is returned is the step's. The first step of a model is slower than
+        the others. Every rank has to call it, and gets all ranks' times. On CUDA the ranks wait for the device after each instruction.
+        """
+        ranks, batch, plan = self._to_train(args, kwargs)
+        return step_profile(plan, *ranks.profile(batch))
+
+    def _to_train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ranks, dict[str, torch.Tensor], Plan]:
         form, batch = self._form(args, kwargs)
         if form.traced.loss is None:
             raise BadArgument(
@@ -370,7 +403,7 @@ class ParallelModel:
             )  # fmt: skip
         ranks = form.ranks()
         ranks.train(self.training)
-        return ranks.step(batch)
+        return ranks, batch, form.plan
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

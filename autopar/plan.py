@@ -20,15 +20,21 @@ from torch import fx
 from autopar.emit import emit_program
 from autopar.program import Receive, Send
 from costmodel.errors import AutoparError, BadArgument, BadPlan
+from costmodel.memory import PeakMemory
 from passes.cut import StageCost
-from passes.instructions import Instruction, instruction
+from passes.instructions import BackwardInput, Instruction, instruction
 from passes.ir import Size
 from passes.order import order, prove
-from passes.placement import Placement, Shard, divides, notation, parse_notation
+from passes.placement import Placement, Shard, can_be_padded, divides, notation, parse_notation
+from passes.schedules import FORWARD_ONLY
 from passes.serialize import graph_from_json, graph_to_json
 from passes.timeline import Span, Timeline, simulate
 
-FORMAT = 1
+FORMAT = 2
+_PLAIN = (
+    "model", "fingerprint", "num_parameters", "microbatches", "schedule", "virtual_stages", "hardware", "tied_exact",
+    "recompute",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,10 @@ class Plan:
     notes: tuple[str, ...]
     tied_exact: bool
     gradient_edges: tuple[tuple[int, int], ...]
+    virtual_stages: int  # stages a pipeline rank
+    stage_ranks: tuple[int, ...]  # the pipeline rank of each stage
     loss_weight_records: Sequence[Mapping[str, Any]] | None = field(repr=False, default=None)
+    recompute: str | int = "none"  # "none", "selective", "full", or the most bytes a rank was to hold
 
     # ---- what the decisions give ------------------------------------------------------------------------------------
 
@@ -118,12 +127,34 @@ class Plan:
             rank, coords[name] = divmod(rank, size)
         return {name: coords[name] for name in self.mesh}
 
+    def rank_stages(self, rank: int) -> tuple[StagePlan, ...]:
+        """The stages of a rank (any of the mesh), in order: chunks of its instructions."""
+        place = self.coords(rank).get("pp", 0)
+        return tuple(stage for stage in self.stages if self.stage_ranks[stage.index] == place)
+
+    def rank_state(self, rank: int) -> tuple[dict[str, str], dict[str, str]]:
+        """(parameters, buffers) that a rank holds for all its stages, by name in the notation."""
+        stages = self.rank_stages(rank)
+        return (
+            {name: text for stage in stages for name, text in stage.parameters.items()},
+            {name: text for stage in stages for name, text in stage.buffers.items()},
+        )
+
+    @cached_property
+    def splits_backward(self) -> bool:
+        """True if the instructions put weight gradients off (BackwardInput, BackwardWeight)."""
+        return any(isinstance(one, BackwardInput) for listed in self.instructions for one in listed)
+
+    @cached_property
+    def evaluation(self) -> tuple[tuple[Instruction, ...], ...]:
+        """The instructions of a forward pass without gradients, per pipeline rank."""
+        return order(FORWARD_ONLY, len(self.instructions), self.microbatches, self.edges, stage_ranks=self.stage_ranks)
+
     @cached_property
     def placements(self) -> dict[str, ParameterPlacement]:
         """By parameter name (tied parameters under every name)."""
-        axes = tuple(self.mesh)
         found = {
-            name: ParameterPlacement(*parse_notation(text, axes)) for name, text in self.parameter_notation.items()
+            name: ParameterPlacement(*parse_notation(text, self.mesh)) for name, text in self.parameter_notation.items()
         }
         return found | {alias: found[name] for alias, name in self.aliases.items() if name in found}
 
@@ -144,7 +175,10 @@ class Plan:
 
     def with_microbatches(self, count: int) -> Plan:
         """The same plan for another number of microbatches. BadArgument or BadSchedule if the schedule cannot."""
-        ordered = order(self.schedule, len(self.stages), count, self.edges, gradient_edges=self.gradient_edges)
+        ordered = order(
+            self.schedule, len(self.instructions), count, self.edges, gradient_edges=self.gradient_edges,
+            virtual_stages=self.virtual_stages,
+        )  # fmt: skip
         return replace(self, microbatches=count, instructions=ordered)
 
     def source(self, rank: int) -> str:
@@ -155,26 +189,37 @@ class Plan:
         """The schedule played with the predicted times of the stages."""
         return simulate(
             self.instructions,
+            stage_ranks=self.stage_ranks,
             forward_seconds=[stage.cost.forward_seconds for stage in self.stages],
             backward_seconds=[stage.cost.backward_seconds for stage in self.stages],
-            send_seconds=lambda source, target: self.stages[min(source, target)].cost.send_seconds / 2,
+            send_seconds=lambda source, target: self.stages[min(source, target)].cost.seconds_to(max(source, target)),
         )
 
     def timeline(self) -> list[Span]:
-        """Predicted spans of a step on the first tensor-parallel rank of each stage."""
+        """Predicted spans of a step on the first tensor-parallel rank of each pipeline rank."""
         return list(self.simulated().spans)
 
     def check(self) -> Plan:
         """Prove the plan again. BadPlan (or BadSchedule) says what is inconsistent."""
-        if len(self.stages) != self.mesh.get("pp", 1) or len(self.instructions) != len(self.stages):
+        pp, virtual_stages = self.mesh.get("pp", 1), self.virtual_stages
+        if len(self.instructions) != pp or len(self.stages) != pp * virtual_stages:
             raise BadPlan(
-                f"the plan has {len(self.stages)} stages and {len(self.instructions)} instruction lists for pp = {self.mesh.get('pp', 1)}"
+                f"the plan has {len(self.stages)} stages and {len(self.instructions)} instruction lists for pp = {pp}"
+                + (f" with {virtual_stages} stages each" if virtual_stages != 1 else "")
+            )
+        counts = [self.stage_ranks.count(rank) for rank in range(pp)]
+        if len(self.stage_ranks) != len(self.stages) or counts != [virtual_stages] * pp:
+            raise BadPlan(
+                f"the ranks of the stages are {list(self.stage_ranks)}",
+                use=f"one of 0 to {pp - 1} for each of {len(self.stages)} stages, each {virtual_stages} times",
             )
         for name, size in self.mesh.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise BadPlan(f"the mesh axis {name} has size {size!r}", use="a positive integer")
-        prove(self.instructions, self.edges, gradient_edges=self.gradient_edges, num_microbatches=self.microbatches)
-        axes = tuple(self.mesh)
+        prove(
+            self.instructions, self.edges, gradient_edges=self.gradient_edges, num_microbatches=self.microbatches,
+            stage_ranks=self.stage_ranks,
+        )  # fmt: skip
         for stage in self.stages:
             if dict(stage.axis_sizes) != dict(self.mesh):
                 raise BadPlan(
@@ -188,7 +233,7 @@ class Plan:
                     f"stage {stage.index} declares other parameters than its graph reads: {sorted(set(held) ^ set(declared))}"
                 )
             for name, text in stage.parameters.items():
-                shape, sharding = parse_notation(text, axes)
+                shape, sharding = parse_notation(text, self.mesh)
                 if self.parameter_notation.get(name) != text:
                     raise BadPlan(
                         f"{name} is {text!r} in stage {stage.index}, and {self.parameter_notation.get(name)!r} in the plan's weights"
@@ -201,10 +246,11 @@ class Plan:
                         use="overrides={'placements': {...}} to make a new plan",
                     )
                 for axis, placement in sharding.items():
-                    if isinstance(placement, Shard) and not divides(
-                        shape[placement.dim], placement.segments, self.mesh[axis]
-                    ):
-                        raise BadPlan(f"{name} is placed as {text!r}, which {axis} = {self.mesh[axis]} does not divide")
+                    if not isinstance(placement, Shard):
+                        continue
+                    size, count = shape[placement.dim], self.mesh[axis]
+                    if not divides(size, placement.segments, count) and not can_be_padded(size, placement, count):
+                        raise BadPlan(f"{name} is placed as {text!r}, which {axis} = {count} does not divide")
             received = {n.name: n.meta["received"] for n in stage.graph_module.graph.nodes if "received" in n.meta}
             if received != {name: value.source for name, value in stage.receives.items()}:
                 raise BadPlan(
@@ -248,7 +294,7 @@ class Plan:
             record["cost"] = asdict(stage.cost)
             record["graph"] = list(stage.records)
             stages.append(record)
-        plain = ("model", "fingerprint", "num_parameters", "microbatches", "schedule", "hardware", "tied_exact")
+        plain = _PLAIN
         maps = ("mesh", "sizes", "inputs", "aliases", "collectives")
         return {
             "format": FORMAT,
@@ -258,6 +304,7 @@ class Plan:
             "predicted": asdict(self.predicted),
             "notes": list(self.notes),
             "gradient_edges": [list(edge) for edge in self.gradient_edges],
+            "stage_ranks": list(self.stage_ranks),
             "instructions": [[item.to_list() for item in listed] for listed in self.instructions],
             "loss_weights": list(self.loss_weight_records) if self.loss_weight_records else None,
             "stages": stages,
@@ -295,7 +342,7 @@ class Plan:
         try:
             mesh = dict(values["mesh"])
             stages = tuple(_stage_from_json(record) for record in values["stages"])
-            plain = ("model", "fingerprint", "num_parameters", "microbatches", "schedule", "hardware", "tied_exact")
+            plain = _PLAIN
             given: dict[str, Any] = {name: values[name] for name in plain}
             given |= {name: dict(values[name]) for name in ("sizes", "inputs", "aliases", "collectives")}
             return cls(
@@ -305,6 +352,7 @@ class Plan:
                 predicted=Prediction(**values["predicted"]),
                 notes=tuple(values["notes"]),
                 gradient_edges=tuple((int(a), int(b)) for a, b in values["gradient_edges"]),
+                stage_ranks=tuple(int(rank) for rank in values["stage_ranks"]),
                 instructions=tuple(tuple(instruction(item) for item in listed) for listed in values["instructions"]),
                 loss_weight_records=values["loss_weights"],
                 stages=stages,
@@ -339,11 +387,15 @@ def _stage_from_json(record: Mapping[str, Any]) -> StagePlan:
         buffers=dict(record["buffers"]),
         partial_gradients=tuple(record["partial_gradients"]),
         tied={name: tuple(stages) for name, stages in record["tied"].items()},
-        cost=StageCost(**record["cost"]),
+        cost=StageCost(**{**record["cost"], "memory": _memory(record["cost"].get("memory"))}),
         layers=record["layers"],
         axis_sizes=dict(record["axis_sizes"]),
         records=record["graph"],
     )
+
+
+def _memory(record: Mapping[str, int] | None) -> PeakMemory | None:
+    return PeakMemory(**record) if record is not None else None
 
 
 def stage_records(module: fx.GraphModule) -> list[dict[str, Any]]:

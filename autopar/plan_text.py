@@ -103,7 +103,7 @@ def stage_ranks(plan: Plan, stage: int) -> str:
     stride = (
         math.prod(list(plan.mesh.values())[list(plan.mesh).index("pp") + 1 :]) if "pp" in plan.mesh else plan.num_ranks
     )
-    found = [rank for rank in range(plan.num_ranks) if rank // stride % plan.mesh.get("pp", 1) == stage]
+    found = [rank for rank in range(plan.num_ranks) if rank // stride % plan.mesh.get("pp", 1) == plan.stage_ranks[stage]]
     if len(found) == 2 and found[1] == found[0] + 1:
         return f"{found[0]}-{found[1]}"
     return ",".join(ranges(found, "-"))
@@ -148,9 +148,33 @@ def stage_table(plan: Plan) -> list[dict[str, Any]]:
             "send_seconds": stage.cost.send_seconds,
             "microbatches_in_flight": stage.cost.in_flight,
             "peak_bytes": stage.cost.peak_bytes,
+            "memory": asdict(stage.cost.memory) if stage.cost.memory is not None else None,
+            "recompute_seconds": stage.cost.recompute_seconds,
         }
         for stage in plan.stages
     ]
+
+
+def _memory_text(plan: Plan) -> str:
+    """The table of MEMORY: what a rank of each pipeline rank holds at its peak."""
+    rows: dict[int, list[StagePlan]] = {}
+    for stage in plan.stages:
+        rows.setdefault(plan.stage_ranks[stage.index], []).append(stage)
+    cells = []
+    for held in dict(sorted(rows.items())).values():
+        memory = held[0].cost.memory
+        assert memory is not None
+        cells.append(
+            (
+                ",".join(str(stage.index) for stage in held),
+                *(bytes_text(value) for value in asdict(memory).values()),
+                bytes_text(memory.peak_bytes),
+            )
+        )
+    headers = ("stage", "parameters", "gradients", "optimizer", "activations", "buffers", "sum")
+    return "MEMORY  (of one rank when it holds most; optimizer: AdamW, two f32 a parameter)\n" + _table(
+        headers, cells, right=range(1, 7)
+    )
 
 
 def transfer_table(plan: Plan) -> list[dict[str, Any]]:
@@ -187,7 +211,7 @@ def timeline_text(plan: Plan) -> str:
     if not columns:
         return ""
     slice_text = seconds_text(timeline.step_seconds / columns)
-    legend = f"0-9 forward of that microbatch, a-z backward (a is 0), . idle; a column is {slice_text}"
+    legend = f"{timeline.legend}; a column is {slice_text}"
     if plan.microbatches > 10:
         legend += "; counts start again after 9 and z"
     if columns == _TIMELINE_WIDTH and _shortest(timeline) < timeline.step_seconds / columns:
@@ -262,6 +286,8 @@ def plan_text(plan: Plan) -> str:
         "STAGES  (parameters and memory of one rank, times of one microbatch)\n"
         + _table(headers, stages, right=(3, 4, 5, 6, 7), widths=(None, 11, _LAYERS_WIDTH, *(None,) * 5))
     )
+    if any(row["memory"] is not None for row in stage_table(plan)):
+        parts.append(_memory_text(plan))
     parts.append(_weights_text([(row.name, row.placement, row.meaning) for row in weight_rows(plan)]))
     transfers = transfer_table(plan)
     if transfers:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.memory_plan import with_memory
 from autopar.plan import Plan, Prediction, StagePlan, stage_records
 from autopar.program import FUNCTION_NAMES, Receive, Send
 from autopar.trace import Traced
+from autopar.weight_notes import weight_notes
 from costmodel.errors import BadArgument
 from costmodel.hardware import Hardware
 from costmodel.memory import optimizer_seconds
@@ -30,14 +32,15 @@ from passes.names import readable_names
 from passes.order import order
 from passes.overrides import Overrides
 from passes.placement import Copied, Partial, Shard, local_type, notation, parse_notation, type_text
-from passes.rules import RULES, call_of
+from passes.rules import call_of, rule_of
+from passes.schedules import Schedule
 from passes.schedules import schedule as schedule_named
 from passes.serialize import graph_to_json
 from passes.shard import SequenceParallel, ShardPlan, is_call, shard
 from passes.stages import StageGraph, held_in_stages, split_stages, stage_edges
+from passes.step_time import StepTimes
 from passes.timeline import simulate
 
-LARGE_SHARE = 0.01  # of the parameters: a weight that stays whole gets a note from here on
 TIED_EXACT_BYTES = 256 * 2**20  # keep tied gradients per microbatch (bitwise equal sums) up to this much memory a stage
 
 
@@ -67,10 +70,14 @@ def as_planned(plan: Plan, traced: Traced) -> Overrides:
 
 def make_plan(
     traced: Traced, *, mesh: Mapping[str, int], microbatches: int | None, schedule: str, hardware: Hardware, model_name: str,
-    overrides: Overrides | None = None, sequence_parallel: SequenceParallel = False,
+    overrides: Overrides | None = None, sequence_parallel: SequenceParallel = False, virtual_stages: int | None = None,
+    recompute: str | int = "none",
 ) -> Plan:  # fmt: skip
-    """The plan for a mesh. BadArgument, TooManyStages or NoLegalSharding where it cannot be."""
+    """The plan for a mesh. BadArgument, TooManyStages or NoLegalSharding where it cannot be; DoesNotFit for `recompute` in bytes."""
     pp, tp = mesh["pp"], mesh["tp"]
+    row = schedule_named(schedule)
+    virtual = row.checked_virtual_stages(virtual_stages)
+    num_stages, stage_ranks = pp * virtual, row.stage_ranks(pp, virtual)
     rows = traced.sizes.get("B", 1)
     weighted = weigh_loss(traced.graph_module, traced.loss)
     count = microbatches if microbatches is not None else 1 if weighted.meeting else choose_microbatches(rows, pp)
@@ -82,7 +89,6 @@ def make_plan(
             f"{count} microbatches were asked for, and the batch has {rows} rows",
             use=f"microbatches <= {rows}, or a larger batch",
         )
-    row = schedule_named(schedule)
     overrides = overrides or Overrides()
     sizes = {**traced.sizes, "B": -(-rows // count)}
     pricing = Pricing(hardware, sizes)
@@ -90,7 +96,7 @@ def make_plan(
     loss = next((node for node in graph.nodes if node.meta.get("loss")), None)
     overrides.check(graph, mesh)
     sharded = shard(
-        weighted.module, axis="tp", axis_size=tp, pricing=pricing, microbatches=count, in_flight=row.max_in_flight(0, pp, count),
+        weighted.module, axis="tp", axis_size=tp, pricing=pricing, microbatches=count, in_flight=_in_flight(row, 0, pp, count, virtual),
         loss=loss, pins=overrides.pins(mesh), sequence_parallel=sequence_parallel,
     )  # fmt: skip
     for note in unruled_notes(sharded.without_rule):
@@ -100,11 +106,12 @@ def make_plan(
     loss = next((node for node in local.graph.nodes if node.meta.get("loss") and node.op == "call_function"), None)
     cuts = cut(
         local,
-        pp,
+        num_stages,
         pricing=pricing,
         axis_sizes=mesh,
-        in_flight=lambda stage, stages: row.max_in_flight(stage, stages, count),
+        in_flight=lambda stage, stages: _in_flight(row, stage_ranks[stage], pp, count, virtual),
         forced=overrides.cuts,
+        step_times=StepTimes(row, pp, count, virtual) if num_stages > 1 else None,
     )
     outputs = _outputs(local)
     weight_state = (
@@ -112,9 +119,9 @@ def make_plan(
         if weighted.weights is not None
         else set()
     )
-    stages = split_stages(local, cuts.stage_of, pp, outputs, loss, weight_state)
+    stages = split_stages(local, cuts.stage_of, num_stages, outputs, loss, weight_state)
     edges, gradient_edges = stage_edges(stages)
-    instructions = order(row, pp, count, edges, gradient_edges=gradient_edges)
+    instructions = order(row, pp, count, edges, gradient_edges=gradient_edges, virtual_stages=virtual)
     names = output_names(outputs, loss)
     held = held_in_stages(stages)
     if weighted.weights is not None:
@@ -126,43 +133,58 @@ def make_plan(
         for node in local.graph.nodes
         if is_state(node) and node.meta.get("kind") == "parameter" and (kind := tensor_type(node)) is not None
     }
-    tied_bytes = (
-        max((sum(_local_bytes(name, stage, mesh) for name in stage.tied) for stage in plans), default=0) * count
+    ranks = [[stage for stage in plans if stage_ranks[stage.index] == rank] for rank in range(pp)]
+    tied_bytes = count * max(
+        sum(_local_bytes(name, stage, mesh) for stage in held_by for name in _tied_across(stage, stage_ranks))
+        for held_by in ranks
     )
     exact = tied_bytes <= TIED_EXACT_BYTES
     timeline = simulate(
         instructions,
+        stage_ranks=stage_ranks,
         forward_seconds=[stage.cost.forward_seconds for stage in plans],
         backward_seconds=[stage.cost.backward_seconds for stage in plans],
-        send_seconds=lambda source, target: plans[min(source, target)].cost.send_seconds / 2,
+        send_seconds=lambda source, target: plans[min(source, target)].cost.seconds_to(max(source, target)),
     )
-    update = max(float(optimizer_seconds(stage.cost.parameter_count, hardware)) for stage in plans)
+    update = max(
+        float(optimizer_seconds(sum(stage.cost.parameter_count for stage in held_by), hardware)) for held_by in ranks
+    )
     predicted = _predict(
-        plans, timeline.step_seconds + update, timeline.bubble_fraction, count, weighted.module, pricing, hardware, mesh
+        ranks, timeline.step_seconds + update, timeline.bubble_fraction, count, weighted.module, pricing, hardware, mesh
     )
-    return Plan(
+    return with_memory(Plan(
         model=model_name, fingerprint=fingerprint(traced),
         num_parameters=sum(t.numel() for name, t in traced.state.items() if isinstance(t, torch.nn.Parameter)),
         mesh=dict(mesh), microbatches=count, schedule=row.name, hardware=hardware.name, sizes=dict(traced.sizes), inputs=inputs,
         stages=plans, instructions=instructions, parameter_notation=parameter_notation,
         aliases={alias: name for name, others in traced.aliases.items() for alias in others},
         collectives=_collectives(local), predicted=predicted,
-        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes), exact, tied_bytes, hardware, parameter_notation, mesh)),
-        tied_exact=exact, gradient_edges=tuple(gradient_edges),
+        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes), exact, tied_bytes, stage_ranks, hardware, parameter_notation, mesh)),
+        tied_exact=exact, gradient_edges=tuple(gradient_edges), virtual_stages=virtual, stage_ranks=stage_ranks,
         loss_weight_records=graph_to_json(weighted.weights.graph) if weighted.weights is not None else None,
-    )  # fmt: skip
+    ), pricing, recompute)  # fmt: skip
+
+
+def _in_flight(row: Schedule, rank: int, num_ranks: int, count: int, virtual_stages: int) -> int:
+    """The most microbatches that one of a rank's stages holds, where its stages take equal parts."""
+    return -(-row.max_in_flight(rank, num_ranks, count, virtual_stages) // virtual_stages)
+
+
+def _tied_across(stage: StagePlan, stage_ranks: Sequence[int]) -> list[str]:
+    """The tied weights of a stage that another rank holds too."""
+    return [name for name, held in stage.tied.items() if len({stage_ranks[other] for other in held}) > 1]
 
 
 _RESHARD_SUFFIX = {
     "all_reduce": "sum", "copy_to": "copy", "all_gather": "whole", "reduce_scatter": "part", "take_shard": "part", "all_to_all": "turned",
-    "own_gradient": "own",
+    "own_gradient": "own", "pad_shard": "padded",
 }  # fmt: skip
 
 
 def rename(module: fx.GraphModule) -> None:
     """Give every node its readable name; a reshard is called after its value (`down` -> `down_sum`), and no value as a function is."""
     graph = module.graph
-    reshards = [node for node in graph.nodes if node.meta.get("reshard")]
+    reshards = [node for node in graph.nodes if node.meta.get("reshard") or node.meta.get("padded")]
     frames = {node: node.meta.pop("frames", ()) for node in reshards}
     names = readable_names(graph)
     taken = set(names.values())
@@ -263,7 +285,7 @@ def _layers(paths: Sequence[str]) -> str:
 
 def _local_bytes(name: str, stage: StagePlan, mesh: Mapping[str, int]) -> int:
     """Bytes of a rank's f32 gradient of a parameter."""
-    shape, placements = parse_notation(stage.parameters[name], tuple(mesh))
+    shape, placements = parse_notation(stage.parameters[name], mesh)
     local = local_type(TensorType(torch.float32, shape), placements, mesh)
     return 4 * math.prod(int(size) for size in local.shape)
 
@@ -285,7 +307,7 @@ def _collectives(module: fx.GraphModule) -> dict[str, str]:
 
 
 def _predict(
-    stages: Sequence[StagePlan], seconds: float, bubble: float, microbatches: int, module: fx.GraphModule, pricing: Pricing,
+    ranks: Sequence[Sequence[StagePlan]], seconds: float, bubble: float, microbatches: int, module: fx.GraphModule, pricing: Pricing,
     hardware: Hardware, mesh: Mapping[str, int],
 ) -> Prediction:  # fmt: skip
     flops, dtype = 0.0, "f32"
@@ -298,8 +320,10 @@ def _predict(
             if call.outputs and call.outputs[0].dtype in (torch.bfloat16, torch.float16):
                 dtype = "bf16" if call.outputs[0].dtype == torch.bfloat16 else "f16"
     rate = flops * microbatches / seconds / math.prod(mesh.values()) if seconds else 0.0
-    communication = max(stage.cost.collective_seconds + stage.cost.send_seconds for stage in stages) * microbatches
-    peak = max(stage.cost.peak_bytes for stage in stages)
+    communication = microbatches * max(
+        sum(stage.cost.collective_seconds + stage.cost.send_seconds for stage in stages) for stages in ranks
+    )
+    peak = max(sum(stage.cost.peak_bytes for stage in stages) for stages in ranks)
     return Prediction(
         seconds,
         peak,
@@ -338,7 +362,7 @@ def unruled_notes(nodes: Sequence[fx.Node]) -> list[str]:
         modules = (
             f" ({len(paths)} times, first in {paths[0]})" if len(paths) > 1 else f" (in {paths[0]})" if paths[0] else ""
         )
-        if op in RULES:
+        if rule_of(op) is not None:
             notes.append(f"{named} stays whole: its rule does not fit these shapes: {line}{modules}")
         else:
             notes.append(
@@ -349,12 +373,15 @@ def unruled_notes(nodes: Sequence[fx.Node]) -> list[str]:
 
 def _notes(
     cuts: CutPlan, sharded: ShardPlan, stages: Sequence[StagePlan], loss_notes: Sequence[str], exact: bool, tied_bytes: int,
-    hardware: Hardware, parameters: Mapping[str, str], mesh: Mapping[str, int],
+    stage_ranks: Sequence[int], hardware: Hardware, parameters: Mapping[str, str], mesh: Mapping[str, int],
 ) -> list[str]:  # fmt: skip
     notes = list(cuts.notes)
     tied = {name: held for stage in stages for name, held in stage.tied.items()}
     for name, held in tied.items():
         where = " and ".join(str(stage) for stage in held)
+        if len({stage_ranks[stage] for stage in held}) == 1:
+            notes.append(f"{name} is used on stages {where}, all on pipeline rank {stage_ranks[held[0]]}: one tensor")
+            continue
         how = (
             f"microbatch by microbatch, bitwise as on one device ({tied_bytes / 2**20:.3g} MiB kept)"
             if exact
@@ -368,30 +395,6 @@ def _notes(
         )
     if sharded.axis_size > 1:
         notes += unruled_notes(sharded.without_rule)
-        notes += _whole_notes(parameters, mesh["tp"])
+        notes += weight_notes(parameters, mesh["tp"])
     notes += loss_notes
-    for stage in stages:
-        if stage.cost.peak_bytes > hardware.memory_bytes:
-            notes.append(
-                f"stage {stage.index} needs {stage.cost.peak_bytes / 2**30:.3g} GiB, more than {hardware.name} has"
-            )
     return notes
-
-
-def _whole_notes(parameters: Mapping[str, str], tp: int) -> list[str]:
-    """Which large parameters no rank holds a part of only, and what keeps them whole."""
-    shapes = {name: [int(size) for size in parse_notation(text, ("tp",))[0]] for name, text in parameters.items()}
-    total = sum(math.prod(shape) for shape in shapes.values())
-    found: dict[str, list[str]] = {}
-    for name, text in parameters.items():
-        share = math.prod(shapes[name]) / total
-        if "/tp" in text or len(shapes[name]) < 2 or share < LARGE_SHARE:
-            continue
-        uneven = [str(size) for size in shapes[name] if size % tp]
-        reason = (
-            f"tp = {tp} does not divide {' and '.join(uneven)}"
-            if uneven
-            else "no split of it is cheaper, or an op has no rule"
-        )
-        found.setdefault(reason, []).append(f"{name} ({share:.1%} of the parameters)")
-    return [f"whole on every rank, because {reason}: {', '.join(names)}" for reason, names in found.items()]

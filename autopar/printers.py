@@ -138,6 +138,8 @@ PRINTERS: dict[Any, Printer] = {
     aten.matmul.default: _infix("@"),
     aten.view.default: _sizes_method("view"),
     aten.reshape.default: _sizes_method("reshape"),
+    aten.flatten.using_ints: _method("flatten"),
+    aten.unflatten.int: _method("unflatten"),
     aten.expand.default: _sizes_method("expand"),
     aten.transpose.int: _method("transpose"),
     aten.permute.default: _sizes_method("permute"),

@@ -9,6 +9,9 @@ with a loss the function `loss_weights`. It runs under the runtime's Worker; it 
   labels for a mean over labels, None for a sum. A microbatch's share is its weight over the sum of all microbatches'
   weights. It may ask for `p` and `device`, which are then the stage's.
 - `LOSS_STAGE` (optional): the stage whose outputs hold `loss`; the last if it is missing.
+- `STAGE_RANKS` (where a rank has several stages): the pipeline rank of every stage. A program's classes are the stages
+  of its rank, in ascending order.
+- `EVALUATION` (where a rank has several stages): the instructions of a forward pass without gradients.
 """
 
 from __future__ import annotations
@@ -24,10 +27,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from autopar.deferred import Product, deferred_linear, deferred_matmul
 from autopar.random_ops import attention_with_dropout, draw, dropout
+from autopar.recompute import recompute
 from costmodel.errors import BadPlan
 from passes.instructions import (
     Backward,
+    BackwardInput,
+    BackwardWeight,
     Forward,
     Instruction,
     RecvActivation,
@@ -36,17 +43,19 @@ from passes.instructions import (
     SendGradient,
     SumGradients,
 )
-from passes.local_ops import sharded_batch_norm, sharded_cross_entropy, sharded_embedding
+from passes.local_ops import pad_shard, sharded_batch_norm, sharded_cross_entropy, sharded_embedding
 from passes.reshard import all_gather, all_reduce, all_to_all, copy_to, own_gradient, reduce_scatter, take_shard
 
 FUNCTIONS = (
-    all_gather, all_reduce, all_to_all, attention_with_dropout, copy_to, draw, dropout, own_gradient, reduce_scatter,
-    sharded_batch_norm, sharded_cross_entropy, sharded_embedding, take_shard,
+    all_gather, all_reduce, all_to_all, attention_with_dropout, copy_to, deferred_linear, deferred_matmul, draw, dropout,
+    own_gradient, pad_shard, recompute, reduce_scatter, sharded_batch_norm, sharded_cross_entropy, sharded_embedding, take_shard,
 )  # fmt: skip
 FUNCTION_NAMES = frozenset(function.__name__ for function in FUNCTIONS)
 
 __all__ = [
     "Backward",
+    "BackwardInput",
+    "BackwardWeight",
     "Forward",
     "Instruction",
     "Program",
@@ -63,10 +72,14 @@ __all__ = [
     "all_to_all",
     "attention_with_dropout",
     "copy_to",
+    "deferred_linear",
+    "deferred_matmul",
     "draw",
     "dropout",
     "load_program",
     "own_gradient",
+    "pad_shard",
+    "recompute",
     "reduce_scatter",
     "sharded_batch_norm",
     "sharded_cross_entropy",
@@ -109,6 +122,7 @@ class StageModule:
     PARTIAL_GRADIENTS: ClassVar[tuple[str, ...]] = ()
     TIED: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     TIED_EXACT: ClassVar[bool] = True
+    OWN_BUFFERS: ClassVar[tuple[str, ...]] = ()  # updated by forward, and by an earlier stage of this rank as well
 
     forward: Callable[..., Any]
     tp: Any
@@ -129,6 +143,7 @@ class StageModule:
         self.p: Callable[[str], torch.Tensor] = self._tensors.__getitem__
         self.device = torch.device(device)
         self.training = True
+        self.deferred: list[Product] | None = None  # a list while weight gradients are put off
         for name, axis in axes.items():
             setattr(self, name, axis)
         self._coords = dict(coords)
@@ -150,10 +165,19 @@ class StageModule:
         """Random numbers for a value that is split over tp (others on each tp rank) or whole (the same on all)."""
         return self._sharded if sharded else self._shared
 
+    def random_state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the two generators are."""
+        return self._shared.get_state(), self._sharded.get_state()
+
+    def set_random_state(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Put the generators where they were."""
+        self._shared.set_state(state[0])
+        self._sharded.set_state(state[1])
+
 
 @dataclass(frozen=True)
 class Program:
-    """A loaded rank program."""
+    """A loaded rank program. `stages` are the classes of this rank's stages, whose numbers `stage_numbers` gives."""
 
     title: str
     stages: tuple[type[StageModule], ...]
@@ -163,6 +187,8 @@ class Program:
     batch: Mapping[str, str]
     loss_weights: Callable[..., tuple[Any, ...]] | None = None
     loss_stage: int = -1
+    stage_ranks: tuple[int, ...] = ()
+    evaluation: tuple[Instruction, ...] | None = None
     filename: str = ""
     source: str = field(default="", repr=False)
 
@@ -172,19 +198,35 @@ class Program:
         return self.stages[0]
 
     @property
+    def stage_numbers(self) -> tuple[int, ...]:
+        """The numbers of this rank's stages, ascending: the place in it is the chunk of instructions."""
+        own = self.coords.get("pp", 0)
+        return tuple(stage for stage, rank in enumerate(self.stage_ranks) if rank == own)
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The placements of the parameters of all of this rank's stages, by name."""
+        return {name: text for stage in self.stages for name, text in stage.PARAMS.items()}
+
+    @property
+    def buffers(self) -> dict[str, str]:
+        """The placements of the buffers of all of this rank's stages, by name."""
+        return {name: text for stage in self.stages for name, text in stage.BUFFERS.items()}
+
+    @property
     def num_microbatches(self) -> int:
         """As many as the schedule runs forward."""
         return len({instruction.microbatch for instruction in self.schedule if isinstance(instruction, Forward)})
 
 
-def _freeing(tree: ast.Module) -> ast.Module:
-    """The program with every value of a stage's forward let go after its last use, as it is when modules call each other.
+def freeing(tree: ast.Module) -> ast.Module:
+    """The program with every value of a stage's methods let go after its last use, as it is when modules call each other.
 
     Straight-line code would otherwise hold all values to the end; what autograd needs it keeps by itself.
     """
     for stage in tree.body:
         for function in stage.body if isinstance(stage, ast.ClassDef) else ():
-            if isinstance(function, ast.FunctionDef) and function.name == "forward":
+            if isinstance(function, ast.FunctionDef):
                 function.body = _with_deletions(function)
     return ast.fix_missing_locations(tree)
 
@@ -214,7 +256,7 @@ def load_program(source_text: str, filename: str) -> Program:
     module = types.ModuleType(f"autopar_program_{hashlib.blake2b(source_text.encode(), digest_size=6).hexdigest()}")
     module.__file__ = filename
     try:
-        exec(compile(_freeing(ast.parse(source_text, filename)), filename, "exec"), module.__dict__)
+        exec(compile(freeing(ast.parse(source_text, filename)), filename, "exec"), module.__dict__)
     except SyntaxError as error:
         raise BadPlan(f"{filename} is not Python.", where=f"line {error.lineno}", why=str(error)) from error
     names = vars(module)
@@ -229,16 +271,23 @@ def load_program(source_text: str, filename: str) -> Program:
     inputs: dict[str, str] = {}
     for stage in stages:
         inputs.update(stage.INPUTS)
-    mesh = dict(names["MESH"])
+    mesh, coords = dict(names["MESH"]), dict(names["COORDS"])
+    stage_ranks = tuple(names.get("STAGE_RANKS", range(mesh.get("pp", 1))))
+    if (own := stage_ranks.count(coords.get("pp", 0))) != len(stages):
+        raise BadPlan(f"{filename} has {len(stages)} stages; STAGE_RANKS gives pipeline rank {coords.get('pp', 0)} {own}.")
+    if len(stages) > 1 and "EVALUATION" not in names:
+        raise BadPlan(f"{filename} has {len(stages)} stages and no EVALUATION.")
     return Program(
         title=(module.__doc__ or "").strip(),
         stages=stages,
         schedule=tuple(names["SCHEDULE"]),
         mesh=mesh,
-        coords=dict(names["COORDS"]),
+        coords=coords,
         batch=dict(names.get("BATCH", inputs)),
         loss_weights=names.get("loss_weights"),
-        loss_stage=names.get("LOSS_STAGE", mesh.get("pp", 1) - 1),
+        loss_stage=names.get("LOSS_STAGE", len(stage_ranks) - 1),
+        stage_ranks=stage_ranks,
+        evaluation=tuple(names["EVALUATION"]) if "EVALUATION" in names else None,
         filename=filename,
         source=source_text,
     )

@@ -12,6 +12,8 @@ from torch import nn
 
 from autopar.plan import Plan
 from autopar.program import load_program
+from autopar.runtime.compiled import Compile
+from autopar.runtime.record import RankRecord
 from autopar.runtime.threads import ThreadRanks
 from autopar.runtime.worker import Worker
 from autopar.runtime.world import World
@@ -22,13 +24,14 @@ from autopar.state import (
     local_piece,
     local_shape_of,
     local_tensors,
+    padded_piece,
     require_values,
     split_axis,
     stage_of_parameter,
     text_of,
 )  # fmt: skip
 from autopar.trace import Traced
-from passes.placement import Shard, parse_notation, parse_type
+from passes.placement import Shard, local_shard, parse_notation, parse_type
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,6 +40,7 @@ class Ranks(Protocol):
     """What a ParallelModel asks of its ranks."""
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
+    def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]: ...
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None: ...
     def train(self, mode: bool) -> None: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
@@ -61,9 +65,10 @@ def _state(traced: Traced) -> Mapping[str, torch.Tensor]:
 
 def _counts_here(plan: Plan, coords: Mapping[str, int], name: str) -> bool:
     """True if this rank's piece is the one to count in a norm: one copy of a whole tensor, the first stage of a tied one."""
-    stage = plan.stages[coords["pp"]]
-    first = min(stage.tied.get(name, (coords["pp"],)))
-    return coords["pp"] == first and (split_axis(stage.parameters[name], plan) is not None or coords.get("tp", 0) == 0)
+    first = plan.stages[stage_of_parameter(plan)[name]]
+    if plan.stage_ranks[first.index] != coords["pp"]:
+        return False
+    return split_axis(first.parameters[name], plan) is not None or coords.get("tp", 0) == 0
 
 
 def _scale_gradients(parameters: list[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
@@ -108,7 +113,7 @@ def _shared_buffers(plan: Plan, traced: Traced, rank: int, device: torch.device,
     """The buffers of a rank for another form of the call: the user's are shared, constants are the form's own."""
     coords = plan.coords(rank)
     found: Tensors = {}
-    for name, text in plan.stages[coords["pp"]].buffers.items():
+    for name, text in plan.rank_state(rank)[1].items():
         if name in traced.state and name in shared:
             found[name] = shared[name]
         else:
@@ -120,9 +125,10 @@ class ThreadedRanks:
     """All ranks as threads of this process."""
 
     def __init__(
-        self, plan: Plan, traced: Traced, device: torch.device, seed: int, like: ThreadedRanks | None = None
-    ) -> None:
-        self.plan, self.traced, self.device, self.seed = plan, traced, device, seed
+        self, plan: Plan, traced: Traced, device: torch.device, seed: int, like: ThreadedRanks | None = None,
+        compile: Compile = False,
+    ) -> None:  # fmt: skip
+        self.plan, self.traced, self.device, self.seed, self.compile = plan, traced, device, seed, compile
         if like is None:
             pairs = [
                 local_tensors(plan, rank, _state(traced), device, _requires_grad(traced))
@@ -151,11 +157,15 @@ class ThreadedRanks:
                 self.plan.microbatches,
                 device=self.device,
                 seed=self.seed,
+                compile=self.compile,
             )
         return self._threads
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self._run("step", batch)
+
+    def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]:
+        return self._run("profile", batch)
 
     def _run(self, method: str, batch: Mapping[str, torch.Tensor]) -> Any:
         threads = self._started()
@@ -164,10 +174,10 @@ class ThreadedRanks:
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None:
         results = self._run("forward", batch)
-        last = self.plan.mesh["pp"] - 1
+        last = self.plan.stage_ranks[-1]
         pieces = [results[rank] for rank in range(self.plan.num_ranks) if self.plan.coords(rank)["pp"] == last]
         outputs: Tensors = {}
-        for name, text in self.plan.stages[last].outputs.items():
+        for name, text in self.plan.stages[-1].outputs.items():
             outputs[name] = _whole_output(self.plan, text, [piece[name] for piece in pieces])
         return outputs
 
@@ -196,7 +206,7 @@ class ThreadedRanks:
         stage = stage_of_parameter(self.plan)[name]
         pieces = []
         for rank in range(self.plan.num_ranks):
-            if self.plan.coords(rank)["pp"] == stage:
+            if self.plan.coords(rank)["pp"] == self.plan.stage_ranks[stage]:
                 tensor = {**self.parameters_of[rank], **self.buffers_of[rank]}[name]
                 piece = tensor.grad if of == "grad" else tensor.detach()
                 if piece is None:
@@ -238,20 +248,24 @@ class ThreadedRanks:
 
 
 def _whole_output(plan: Plan, text: str, pieces: list[torch.Tensor]) -> torch.Tensor:
-    from passes.placement import Partial, whole_tensor
+    from passes.placement import Partial, is_padded, whole_tensor
 
-    _, sharding = parse_type(text, tuple(plan.mesh))
-    placement = next((p for p in sharding.values() if isinstance(p, (Shard, Partial))), None)
-    return pieces[0] if placement is None else whole_tensor(pieces, placement)
+    kind, sharding = parse_type(text, plan.mesh)
+    axis, placement = next(((a, p) for a, p in sharding.items() if isinstance(p, (Shard, Partial))), ("", None))
+    if placement is None:
+        return pieces[0]
+    size = kind.shape[placement.dim] if isinstance(placement, Shard) else 0
+    return whole_tensor(pieces, placement, int(size) if is_padded(size, placement, plan.mesh[axis]) else None)
 
 
 class ProcessRank:
     """This process as one rank of a job."""
 
     def __init__(
-        self, plan: Plan, traced: Traced, device: torch.device, seed: int, like: ProcessRank | None = None
-    ) -> None:
-        self.plan, self.traced, self.seed = plan, traced, seed
+        self, plan: Plan, traced: Traced, device: torch.device, seed: int, like: ProcessRank | None = None,
+        compile: Compile = False,
+    ) -> None:  # fmt: skip
+        self.plan, self.traced, self.seed, self.compile = plan, traced, seed, compile
         self.world = World.from_environment(plan.mesh, device=device)
         self.rank, self.coords = self.world.rank, self.world.coords
         if like is None:
@@ -261,6 +275,8 @@ class ProcessRank:
         else:
             self.parameters = like.parameters
             self.buffers = _shared_buffers(plan, traced, self.rank, self.world.device, like.buffers)
+        placed, others = plan.rank_state(self.rank)
+        self._texts = {**placed, **others}
         self._worker: Worker | None = None
         self._training = True
 
@@ -269,21 +285,29 @@ class ProcessRank:
         if self._worker is None:
             require_values([*self.parameters.items(), *self.buffers.items()])
             self._worker = Worker(
-                _program(self.plan, self.rank), self.world, self.parameters, self.buffers, seed=self.seed
-            )
+                _program(self.plan, self.rank), self.world, self.parameters, self.buffers,
+                seed=self.seed, compile=self.compile,
+            )  # fmt: skip
         return self._worker
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self.worker.train(self._training)
         return self.worker.step(batch)
 
+    def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]:
+        self.worker.train(self._training)
+        loss, record = self.worker.profile(batch)
+        records: list[RankRecord] = [record] * self.plan.num_ranks
+        if self.plan.num_ranks > 1:
+            dist.all_gather_object(records, record)
+        return loss, records
+
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None:
         self.worker.train(self._training)
         outputs = self.worker.forward(batch)
-        last = self.plan.mesh["pp"] - 1
-        if self.coords["pp"] != last:
+        if self.coords["pp"] != self.plan.stage_ranks[-1]:
             return None
-        return {name: self._whole_output(text, outputs[name]) for name, text in self.plan.stages[last].outputs.items()}
+        return {name: self._whole_output(text, outputs[name]) for name, text in self.plan.stages[-1].outputs.items()}
 
     def _whole_output(self, text: str, piece: torch.Tensor) -> torch.Tensor:
         _, sharding = parse_type(text, tuple(self.plan.mesh))
@@ -310,12 +334,13 @@ class ProcessRank:
         return norm
 
     def _pieces(self, name: str) -> torch.Tensor:
-        """The pieces of a tensor of this rank's stage, [axis size, ...]; all of the stage's ranks take part."""
+        """The pieces of a tensor that this rank holds, [axis size, ...]; all ranks of its pipeline rank take part."""
         tensor = {**self.parameters, **self.buffers}[name].detach()
-        found = split_axis(text_of(self.plan.stages[self.coords["pp"]], name), self.plan)
+        found = split_axis(self._texts[name], self.plan)
         if found is None:
             return tensor[None]
         axis = self.world.axis(found[0])
+        tensor = padded_piece(tensor, self._texts[name], self.plan, self.coords)
         pieces = tensor.new_empty((axis.size, *tensor.shape))
         pieces[axis.coord] = tensor
         for coord in range(
@@ -325,9 +350,8 @@ class ProcessRank:
         return pieces
 
     def _gathered(self, name: str) -> torch.Tensor:
-        """A whole tensor of this rank's stage; all of the stage's ranks take part."""
-        text = text_of(self.plan.stages[self.coords["pp"]], name)
-        return gather_whole(self.plan, name, text, self._pieces(name).unbind(0))
+        """A whole tensor of this rank's stages; all ranks of its pipeline rank take part."""
+        return gather_whole(self.plan, name, self._texts[name], self._pieces(name).unbind(0))
 
     def whole_tensors(self) -> Tensors | None:
         """Rank 0 gets them all, one at a time, and puts them together; None on the others, which hold one parameter's pieces at most."""
@@ -335,8 +359,8 @@ class ProcessRank:
         collects = self.rank == 0
         sends = not collects and all(coord == 0 for axis, coord in self.coords.items() if axis != "pp")
         for tag, (name, stage) in enumerate(stage_of_parameter(self.plan).items()):
-            text = text_of(self.plan.stages[stage], name)
-            if self.coords["pp"] == stage:
+            text, holder = text_of(self.plan.stages[stage], name), self.plan.stage_ranks[stage]
+            if self.coords["pp"] == holder:
                 pieces = self._pieces(name)
                 if sends:
                     self.world.wait(self.world.send(pieces.contiguous(), 0, tag), 0)
@@ -345,7 +369,7 @@ class ProcessRank:
                 count = 1 if split is None else self.plan.mesh[split[0]]
                 dtype = {**self.traced.state, **self.traced.constants}[name].dtype
                 pieces = torch.empty((count, *local_shape_of(text, self.plan)), dtype=dtype, device=self.world.device)
-                self.world.wait(self.world.recv(pieces, stage, tag), stage)
+                self.world.wait(self.world.recv(pieces, holder, tag), holder)
             else:
                 continue
             if collects:
@@ -364,11 +388,10 @@ class ProcessRank:
         ranks = torch.arange(math.prod(shape)).view(shape)
         mesh = DeviceMesh(self.world.device.type, ranks, mesh_dim_names=tuple(self.plan.mesh))["tp"]
         found: Tensors = {}
-        stage = self.plan.stages[self.coords["pp"]]
         for name, tensor in {**self.parameters, **self.buffers}.items():
             if name not in self.traced.state:
                 continue
-            split = split_axis(text_of(stage, name), self.plan)
+            split = split_axis(self._texts[name], self.plan)
             whole = tuple(self.traced.state[name].shape)
             if split is None:
                 value = DTensor.from_local(tensor.detach(), mesh, [Replicate()], run_check=False)
@@ -376,12 +399,10 @@ class ProcessRank:
                 placement = split[1]
                 assert isinstance(placement, Shard)
                 local = tensor.detach()
-                if placement.segments != 1:  # DTensor knows contiguous shards only
-                    local = (
-                        self._gathered(name)
-                        .chunk(self.plan.mesh[split[0]], placement.dim)[self.coords[split[0]]]
-                        .contiguous()
-                    )
+                if placement.segments != 1 or placement.piece:  # DTensor knows contiguous shards only, in pieces of ceil(size / axis)
+                    axis_size, coord = self.plan.mesh[split[0]], self.coords[split[0]]
+                    contiguous = local_shard(self._gathered(name), Shard(placement.dim), axis_size=axis_size, coord=coord)
+                    local = contiguous.contiguous()
                 stride = torch.empty(whole, device="meta").stride()
                 value = DTensor.from_local(
                     local, mesh, [DShard(placement.dim)], run_check=False, shape=torch.Size(whole), stride=stride
@@ -392,9 +413,8 @@ class ProcessRank:
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         from torch.distributed.tensor import DTensor
 
-        stage = self.plan.stages[self.coords["pp"]]
-        wanted = {name: text_of(stage, name) for name in (*stage.parameters, *stage.buffers)}
-        wanted = {n: t for n, t in wanted.items() if n in state_dict or n in stage.parameters}
+        placed = self.plan.rank_state(self.rank)[0]
+        wanted = {name: text for name, text in self._texts.items() if name in state_dict or name in placed}
         values = _loadable(self.plan, self.traced, state_dict, wanted)
         for tensors in (self.parameters, self.buffers):
             for name in list(tensors):

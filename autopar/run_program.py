@@ -123,9 +123,12 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
 
 
 def _outputs(folder: Path, program: Program) -> Mapping[str, str]:
-    if program.coords.get("pp", 0) == program.mesh.get("pp", 1) - 1:
-        return program.stage.OUTPUTS
-    return read_program(folder, math.prod(program.mesh.values()) - 1).stage.OUTPUTS
+    """The outputs of the last stage, which one of the pipeline ranks has."""
+    last = program.stage_ranks[-1]
+    if program.coords.get("pp", 0) == last:
+        return program.stages[-1].OUTPUTS
+    stride = math.prod(program.mesh.values()) // program.mesh.get("pp", 1)
+    return read_program(folder, last * stride).stages[-1].OUTPUTS
 
 
 def read_batches(path: str) -> list[dict[str, torch.Tensor]]:
@@ -219,16 +222,17 @@ def _plan(folder: Path) -> Plan:
 
 def _held(plan: Plan, program: Program) -> dict[str, _Held]:
     axes = tuple(program.mesh)
-    records = {r["target"]: r for r in plan.stages[program.coords["pp"]].records if r["op"] == "get_attr"}
+    stages = [plan.stages[number] for number in program.stage_numbers]
+    records = {r["target"]: r for stage in stages for r in stage.records if r["op"] == "get_attr"}
     held = {}
-    for name, text in {**program.stage.PARAMS, **program.stage.BUFFERS}.items():
+    for name, text in {**program.parameters, **program.buffers}.items():
         if name not in records:
             raise BadPlan(
                 f"{name} is in the program of {dict(program.coords)} and not in {PLAN_FILE}",
                 why="they are of different plans",
             )
         shape = tuple(int(size) for size in parse_notation(text, axes)[0])
-        is_parameter = name in program.stage.PARAMS
+        is_parameter = name in program.parameters
         dtype = parse_type(records[name]["type"], axes)[0].dtype
         held[name] = _Held(text, dtype, shape, is_parameter, bool(records[name].get("trainable")))
     return held

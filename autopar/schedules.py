@@ -1,5 +1,7 @@
-"""Pipeline schedules: the table of those there are, and `register` for a user's own, which gets the same proofs."""
+"""Pipeline schedules: the table of those there are, `register` for a user's own and `load` for one in a file. All get the
+same proofs.
+"""
 
-from passes.schedules import SCHEDULES, Schedule, register, schedule
+from passes.schedules import SCHEDULES, Schedule, load, register, schedule
 
-__all__ = ["SCHEDULES", "Schedule", "register", "schedule"]
+__all__ = ["SCHEDULES", "Schedule", "load", "register", "schedule"]

@@ -1,7 +1,9 @@
 """A rank's share of the model's state, and the way back to whole tensors.
 
-A rank holds its pieces of the parameters and buffers of its stage, nothing else: each is cut out of the user's tensor and copied, so
-that the user's model is never modified and, beside the shards, at most one whole tensor is alive at a time.
+A rank holds its pieces of the parameters and buffers of its stages, nothing else: each is cut out of the user's tensor and copied, so
+that the user's model is never modified and, beside the shards, at most one whole tensor is alive at a time. A piece has true entries
+only, so the last ranks' may be shorter or empty; programs pad what they read (`passes.placement`), state never does. Pieces that travel
+together are padded to one length, and cut again when they are put together.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ from torch import nn
 
 from autopar.plan import Plan, StagePlan
 from costmodel.errors import DifferentModel, WeightsMissing
-from passes.placement import Placement, Shard, local_shape, local_shard, parse_notation, whole_tensor
+from passes.ir import TensorType
+from passes.placement import Placement, Shard, local_shard, local_type, pad_piece, parse_notation, whole_tensor
 
 Tensors = dict[str, torch.Tensor]
 
 
 def split_axis(text: str, plan: Plan) -> tuple[str, Placement] | None:
     """(axis, placement) of a tensor in the notation if it is split, else None."""
-    _, sharding = parse_notation(text, tuple(plan.mesh))
+    _, sharding = parse_notation(text, plan.mesh)
     return next(((axis, p) for axis, p in sharding.items() if isinstance(p, Shard)), None)
 
 
@@ -39,15 +42,15 @@ def local_tensors(
     plan: Plan, rank: int, state: Mapping[str, torch.Tensor], device: torch.device, requires_grad: Callable[[str], bool]
 ) -> tuple[dict[str, nn.Parameter], Tensors]:
     """(parameters, buffers) of a rank, cut out of the whole tensors in `state`. Meta tensors give empty meta pieces."""
-    stage = plan.stages[plan.coords(rank)["pp"]]
+    placed, others = plan.rank_state(rank)
     coords = plan.coords(rank)
     parameters: dict[str, nn.Parameter] = {}
-    for name, text in stage.parameters.items():
+    for name, text in placed.items():
         piece = local_piece(state[name], text, plan, coords).to(device if not state[name].is_meta else "meta")
         parameters[name] = nn.Parameter(piece, requires_grad=requires_grad(name))
     buffers = {
         name: local_piece(state[name], text, plan, coords).to(device if not state[name].is_meta else "meta")
-        for name, text in stage.buffers.items()
+        for name, text in others.items()
     }
     return parameters, buffers
 
@@ -63,9 +66,20 @@ def require_values(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def gather_whole(plan: Plan, name: str, text: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The whole tensor from its pieces in order of coords on the axis that splits it."""
-    found = split_axis(text, plan)
-    return pieces[0] if found is None else whole_tensor(list(pieces), found[1])
+    """The whole tensor from its pieces, padded or not, in order of coords on the axis that splits it."""
+    shape, sharding = parse_notation(text, plan.mesh)
+    shard = next((p for p in sharding.values() if isinstance(p, Shard)), None)
+    return pieces[0] if shard is None else whole_tensor(list(pieces), shard, int(shape[shard.dim]))
+
+
+def padded_piece(piece: torch.Tensor, text: str, plan: Plan, coords: Mapping[str, int]) -> torch.Tensor:
+    """A rank's piece with zeros behind it, as long as every other rank's."""
+    shape, sharding = parse_notation(text, plan.mesh)
+    found = next(((axis, p) for axis, p in sharding.items() if isinstance(p, Shard)), None)
+    if found is None:
+        return piece
+    axis, shard = found
+    return pad_piece(piece, shard, int(shape[shard.dim]), axis_size=plan.mesh[axis], coord=coords[axis])
 
 
 def stage_of_parameter(plan: Plan) -> dict[str, int]:
@@ -108,9 +122,6 @@ def check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
 
 
 def local_shape_of(text: str, plan: Plan) -> tuple[int, ...]:
-    """One rank's shape of a tensor in the notation."""
-    shape, sharding = parse_notation(text, tuple(plan.mesh))
-    from passes.ir import TensorType
-    from passes.placement import type_text
-
-    return local_shape(type_text(TensorType(torch.float32, shape), sharding), {}, plan.mesh)[1]
+    """One rank's shape of a tensor in the notation, padding included."""
+    shape, sharding = parse_notation(text, plan.mesh)
+    return tuple(int(size) for size in local_type(TensorType(torch.float32, shape), sharding, plan.mesh).shape)

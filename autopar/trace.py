@@ -30,10 +30,14 @@ from torch import fx, nn
 
 from autopar.trace_arguments import Path, Signature, dotted, input_names
 from autopar.trace_export import export, is_model_file, place
+from autopar.trace_models import check_model, inner_model
+from autopar.trace_values import opened
 from costmodel.errors import BadArgument, CaptureError
 from passes.canonical_import import Imports, State
 from passes.canonicalize import canonicalize
 from passes.ir import TensorType, size_symbol, tensor_type
+
+_CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)  # leaves of an output that are no tensors
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,9 @@ def trace(
 
     CaptureError if forward cannot be one graph, with the user's line; BadArgument if the arguments do not fit forward.
     """
-    signature = Signature(model, loss_fn)
+    check_model(model)
+    inner = inner_model(model)
+    signature = Signature(inner, loss_fn)
     leaves = signature.leaves(args, kwargs)
     paths = [path for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor)]
     examples = _own_tensors([leaves[path] for path in paths], model)
@@ -141,7 +147,7 @@ def trace(
 
     def run(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         bound, targets = signature.rebuild(args, kwargs, tensors)
-        result = model(*bound.args, **bound.kwargs)
+        result = inner(*bound.args, **bound.kwargs)
         loss = loss_fn(result, *targets.values()) if loss_fn is not None else None
         output[:] = [_described(result, loss)]
         tensor_leaves = [leaf for leaf in output[0].leaves if isinstance(leaf, (torch.Tensor, torch.SymInt))]
@@ -157,7 +163,7 @@ def trace(
     canonical = canonicalize(module, Imports(tuple(names), sizes, symbols, states))
 
     result = output[0]
-    outputs = list(next(reversed(canonical.graph.nodes)).args[0])
+    outputs = list(next(iter(reversed(canonical.graph.nodes))).args[0])
     given = iter(outputs)
     output_leaves = [next(given) if isinstance(leaf, (torch.Tensor, torch.SymInt)) else leaf for leaf in result.leaves]
     state, aliases = _named_state(model)
@@ -213,12 +219,12 @@ def _roles(tensors: list[torch.Tensor]) -> tuple[dict[tuple[int, int], str], dic
 
 
 def _described(result: Any, loss: torch.Tensor | None) -> _Output:
-    leaves, spec = pytree.tree_flatten(result)
+    leaves, spec = pytree.tree_flatten(opened(result))
     for leaf in leaves:
-        if not isinstance(leaf, (torch.Tensor, torch.SymInt, int, float, bool, str, type(None))):
+        if not isinstance(leaf, (torch.Tensor, torch.SymInt, *_CONSTANTS)):
             raise CaptureError(
                 f"forward returns a {type(leaf).__name__}, which holds no tensor that a graph can give",
-                use="tuples, lists and dicts of tensors, or a registered pytree; for a cache: use_cache=False",
+                use="tuples, lists, dicts and dataclasses of tensors, or a registered pytree; for a cache: use_cache=False",
             )
     outputs = [leaf for leaf in leaves if isinstance(leaf, (torch.Tensor, torch.SymInt))]
     if loss is not None:
@@ -272,8 +278,12 @@ def _traced_hint(name: str, hints: dict[str, int]) -> int:
 
 def _refuse_unknown_sizes(module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Expr]) -> None:
     """CaptureError if a size or a number comes from a tensor's values (`.item()`, nonzero): export gives it a symbol of
-    its own."""
-    for node in module.graph.nodes:
+    its own. What only checks read does not count."""
+    needed: set[fx.Node] = set()
+    for node in reversed(module.graph.nodes):
+        if node.op == "output" or node in needed or getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            needed.update((node, *node.all_input_nodes))
+    for node in (node for node in module.graph.nodes if node in needed):
         value = node.meta.get("val")
         parts = [value] if not isinstance(value, (list, tuple)) else list(value)
         sizes = [size for part in parts for size in (part.shape if isinstance(part, torch.Tensor) else [part])]

@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from autopar.trace_values import opened
 from costmodel.errors import BadArgument
 from passes.names import RESERVED
 
@@ -31,7 +32,7 @@ class Signature:
         self.named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         self.any_positional = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        has_cache = bool(getattr(getattr(model, "config", None), "use_cache", False))
+        has_cache = _asks_for_cache(getattr(model, "config", None))
         self.switch_cache_off = "use_cache" in self.named or (any_keyword and has_cache)
         self.target_names = _parameter_names(loss_fn)[1:] if loss_fn is not None else []
 
@@ -63,7 +64,7 @@ class Signature:
                 named.update(value)
             else:
                 named[name] = value
-        found = pytree.tree_flatten_with_path({**named, **targets})[0]
+        found = pytree.tree_flatten_with_path(opened({**named, **targets}))[0]
         return {tuple(_key_of(key) for key in path): leaf for path, leaf in found}
 
     def rebuild(
@@ -71,11 +72,19 @@ class Signature:
     ) -> tuple[inspect.BoundArguments, dict[str, Any]]:
         """The same call with its tensors replaced, in order of `leaves`."""
         bound, targets = self.bind(args, kwargs)
-        leaves, spec = pytree.tree_flatten((dict(bound.arguments), targets))
+        leaves, spec = pytree.tree_flatten(opened((dict(bound.arguments), targets)))
         order = iter(tensors)
         new = [next(order) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         arguments, new_targets = pytree.tree_unflatten(new, spec)
         return inspect.BoundArguments(self.forward, arguments), new_targets
+
+
+def _asks_for_cache(config: Any, depth: int = 2) -> bool:
+    """True if a configuration, or one that it holds, has `use_cache` on."""
+    if getattr(config, "use_cache", False) is True:
+        return True
+    inner = vars(config).values() if depth and hasattr(config, "__dict__") else ()
+    return any(type(value).__module__ not in ("builtins", "torch") and _asks_for_cache(value, depth - 1) for value in inner)
 
 
 def _parameter_names(function: Callable[..., Any]) -> list[str]:

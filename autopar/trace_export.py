@@ -1,10 +1,10 @@
 """Running torch.export: as many symbolic sizes as work, a model that is left as it was, errors that name the line.
 
 `torch.export` is told nothing of arguments or outputs: it gets a thin module that shares the model's parameters under
-their own names and takes a flat list of tensors. Three things are switched while it runs, and switched back: attributes
+their own names and takes a flat list of tensors. Some things are switched while it runs, and switched back: attributes
 that modules replace (recurrent layers keep their weights in a list too, which would be left holding fake tensors),
-`autograd.Function.apply` (export runs a custom function's forward and forgets its backward, so it is refused), and the
-filter of recorded stacks.
+`autograd.Function.apply` (export runs a custom function's forward and forgets its backward, so it is refused), the
+filter of recorded stacks, and what autopar/trace_modes.py is about.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autopar.trace_modes import as_graphs_mean_it, checkpointed
 from costmodel.errors import CaptureError
 from passes.canonical_import import is_user_file, relative_file
 
@@ -48,8 +49,9 @@ class _Flat(nn.Module):
 
     def __init__(self, model: nn.Module, run: Callable[[Sequence[torch.Tensor]], tuple[Any, ...]]) -> None:
         super().__init__()
-        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
+        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[table] = model.__dict__[table]
+        self.__dict__["training"] = model.training
         self.__dict__["run"] = run
 
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
@@ -74,7 +76,10 @@ def export(
             for index, tensor in enumerate(rows)
         )
         try:
-            with _left_as_it_was(model), _no_custom_functions(), _whole_user_stacks(), _quiet(), torch.enable_grad():
+            with (
+                _left_as_it_was(model), _no_custom_functions(), as_graphs_mean_it(_refusal), _whole_user_stacks(), _quiet(),
+                torch.compiler.set_stance("force_eager"), torch.enable_grad(),
+            ):  # fmt: skip
                 flat = _Flat(model, run)
                 return torch.export.export(flat, tuple(rows), dynamic_shapes={"tensors": shapes}, strict=False), chosen
         except CaptureError:
@@ -110,6 +115,13 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                 table.update(before)
 
 
+def _refusal(what: str, why: str, use: str) -> CaptureError:
+    """The error for something that forward does right now, with the user's line."""
+    frames = _below_forward(traceback.extract_stack())
+    where = place(frames[-1].filename, frames[-1].lineno or 0) if frames else None
+    return CaptureError(what, where=where, why=why, use=use)
+
+
 @contextmanager
 def _no_custom_functions() -> Iterator[None]:
     """Refuse autograd.Functions of the user's own: export would run their forward and forget their backward."""
@@ -118,15 +130,12 @@ def _no_custom_functions() -> Iterator[None]:
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if cls.__module__.startswith("torch.") and cls.__module__ != "torch.utils.checkpoint":
             return original.__get__(None, cls)(*args, **kwargs)
-        frames = _below_forward(traceback.extract_stack())
-        checkpointing = cls.__module__ == "torch.utils.checkpoint"
-        raise CaptureError(
+        if cls.__module__ == "torch.utils.checkpoint":
+            return checkpointed(args)
+        raise _refusal(
             f"the custom autograd.Function {cls.__name__} cannot be captured",
-            where=place(frames[-1].filename, frames[-1].lineno or 0) if frames else None,
-            why="its backward is Python that a graph does not hold",
-            use="use_reentrant=False"
-            if checkpointing
-            else "torch.library.custom_op with register_autograd, or plain tensor operations",
+            "its backward is Python that a graph does not hold",
+            "torch.library.custom_op with register_autograd, or plain tensor operations",
         )
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
@@ -187,11 +196,13 @@ def _capture_error(error: BaseException) -> CaptureError:
     deepest = max(stacks, key=len)
     where = place(deepest[-1].filename, deepest[-1].lineno or 0) if deepest else None
     text = "\n".join(str(link) for link in chain)
-    if "data-dependent" in text or "unbacked" in text or "DataDependent" in type(error).__name__:
+    kinds = " ".join(type(link).__name__ for link in chain)
+    reads_values = any(words in text for words in ("data-dependent", "unbacked", "got FakeTensor"))
+    if reads_values or "DataDependent" in kinds or "DynamicOutputShape" in kinds:
         return CaptureError(
             "forward cannot be captured as one graph",
             where=where,
-            why="Python reads values of a tensor here, for a branch or a size; they are not known before a step",
+            why="values of a tensor are read here, for a branch or a size; they are not known before a step",
             use="a tensor operation such as torch.where, or a decision made outside of forward",
         )
     while error.__cause__ is not None:

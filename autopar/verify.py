@@ -3,48 +3,58 @@
 The untouched model (a copy of it) runs the whole batch once; the parallel one runs its programs on all ranks, as
 threads of this process. A model whose forward updates buffers (batch statistics, counters) means something else by a
 microbatch than by its part of the batch; there the untouched model runs the same microbatches one after the other,
-its losses weighed by their shares of the batch. A gradient's relative difference is its largest absolute difference
-over its own largest element; gradients that are all rounding (below a thousandth of the model's largest, such as that
-of a key projection's bias) are measured against that thousandth.
+its losses weighed by their shares of the batch.
+
+A model that computes in bf16 or fp16 anywhere is run once more by itself, as a copy in float64 with float64 inputs
+(float32 if some op of it cannot): both sides are measured against that run. So is one whose gradients differ by more
+than the tolerance: some are all rounding. What may differ by how much is in autopar/compare.py. The extra run costs the
+time of one more step on one rank, and 16 bytes a parameter while it lasts.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import fx, nn
+from torch import nn
+from torch.utils._pytree import tree_map
 
+from autopar.compare import (
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    LOW_PRECISION,
+    Comparison,
+    Difference,
+    Outcome,
+    allow_rounding,
+    compare_fixed,
+    compare_low_precision,
+)
 from autopar.parallelize import _arguments, parallelize
 from autopar.plan import Plan
 from autopar.ranks import ThreadedRanks
 from autopar.runtime.batch import BatchTypes
+from autopar.trace_models import check_model, inner_model
 from costmodel.errors import BadArgument, WeightsMissing
 from passes.ir import output_types
+from passes.loss import every_term_weighed
 
-LOSS_TOLERANCE = 1e-6
-GRADIENT_TOLERANCE = 1e-5
-FLOOR = 1e-3
-LOW_PRECISION_TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One tensor compared: kind is "gradient" or "buffer"."""
-
-    name: str
-    kind: str
-    absolute: float
-    relative: float
+# Where no higher precision can run the model (it names a dtype itself): both sides beside each other, by this much.
+LAST_TOLERANCE = 4e-2
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found. Prints as a table, worst first."""
+    """What `verify` found. Prints as a table, worst first.
+
+    `loss_tolerance` and `tolerance` are relative; in low precision they are what the loss and the worst tensor were
+    allowed, and `worst.relative` is an error against the exact model (see autopar/compare.py; `criterion` says it).
+    """
 
     ok: bool
     loss: float
@@ -54,6 +64,7 @@ class Report:
     differences: tuple[Difference, ...]
     loss_tolerance: float
     tolerance: float
+    criterion: str
     plan: Plan = field(repr=False)
 
     def __str__(self) -> str:
@@ -62,24 +73,29 @@ class Report:
         lines = [
             f"{self.plan.model} on {mesh}, {self.plan.microbatches} microbatches, {self.plan.schedule}: {verdict} to the untouched model",
             f"loss {self.loss:.9g}, untouched {self.loss_reference:.9g}, difference {self.loss_difference:.3g} "
-            f"(tolerance {self.loss_tolerance:.0e} relative)",
+            f"(tolerance {self.loss_tolerance:.2g} relative)",
+            self.criterion,
         ]
-        shown = sorted(self.differences, key=lambda d: -d.relative)
+        shown = sorted(self.differences, key=lambda d: -d.badness)
+        low = any(d.untouched for d in shown)
         rows = [
             (
                 d.name,
                 d.kind,
                 f"{d.absolute:.3g}",
                 f"{d.relative:.3g}",
-                "" if d.relative <= self.tolerance else "differs",
+                *((f"{d.untouched:.3g}", f"{d.allowed:.3g}") if low else ()),
+                "" if d.ok else "differs",
             )
             for d in shown[:12]
         ]
-        lines.append(tabulate(rows, headers=("tensor", "kind", "absolute", "relative", ""), disable_numparse=True))
+        headers = ("tensor", "kind", "absolute", "error", "untouched's", "allowed", "") if low else (
+            "tensor", "kind", "absolute", "relative", "")  # fmt: skip
+        lines.append(tabulate(rows, headers=headers, disable_numparse=True))
         if len(shown) > 12:
-            lines.append(
-                f"and {len(shown) - 12} more, all within {shown[12].relative:.3g} (tolerance {self.tolerance:.0e})"
-            )
+            wrong = sum(not d.ok for d in shown[12:])
+            rest = f"{wrong} of them differ" if wrong else f"all within {max(d.relative for d in shown[12:]):.3g}"
+            lines.append(f"and {len(shown) - 12} more, {rest}")
         return "\n".join(lines)
 
 
@@ -96,21 +112,20 @@ def verify(
 ) -> Report:
     """Compare one step on tp x pp ranks with the untouched model on the same batch: loss, every gradient, every buffer.
 
-    Takes the options of `parallelize`. Tolerances are relative; by default 1e-6 for the loss and 1e-5 for gradients and buffers in
-    fp32, 4e-2 in bf16. Dropout is off: its numbers are others on other ranks. The model is not modified. WeightsMissing for a model on
-    the meta device.
+    Takes the options of `parallelize`. Tolerances are relative: 1e-6 for the loss and 1e-5 for gradients and buffers in
+    full precision. In bf16 and fp16 a tensor's error against the same model in float64, |x - exact| / |exact| in the L2
+    norm, may be 4 times the untouched model's own (or the median of those over all gradients, or the dtype's eps); a
+    tolerance that is given replaces that. Dropout is off: its numbers are others on other ranks. The model is not
+    modified. WeightsMissing for a model on the meta device.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise WeightsMissing(
             "verify has to run the model, and it is on the meta device",
             use="a model with weights (random ones will do)",
         )
+    check_model(model)
     args, kwargs = _arguments(example_inputs)
-    reference = copy.deepcopy(model)
-    reference.zero_grad()
-    for module in reference.modules():  # both sides see these modes: no dropout, batch statistics as the user has them
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.training = False
+    reference = _without_dropout(model)
     par = parallelize(reference, example_inputs, tp=tp, pp=pp, loss_fn=loss_fn, **options)
     assert par._traced is not None
     if par._traced.loss is None:
@@ -121,43 +136,121 @@ def verify(
         )
     ranks = par._ranks()  # with their own copies of parameters and buffers, before the reference updates any
     assert isinstance(ranks, ThreadedRanks)
-    expected = _reference_step(par, reference, args, kwargs, loss_fn)
+    untouched = _outcome(par, reference, args, kwargs, loss_fn)
     loss = par.step(*args, **kwargs)
-    first_names = dict(reference.named_parameters(remove_duplicate=True))
-    largest = max(
-        (p.grad.abs().max().item() for p in first_names.values() if p.grad is not None and p.grad.numel()), default=0.0
+    held = par.plan.parameter_notation
+    found = Outcome(
+        loss.detach(),
+        {name: ranks.whole(name, "grad") if name in held else None for name in untouched.gradients},
+        {name: ranks.whole(name) for name in untouched.buffers},  # type: ignore[misc]
     )
-    differences = []
-    for name, parameter in first_names.items():
-        if name in par.plan.parameter_notation:
-            differences.append(_compare(name, "gradient", ranks.whole(name, "grad"), parameter.grad, FLOOR * largest))
-        elif parameter.grad is not None and parameter.grad.abs().max() > 0:
-            differences.append(Difference(name, "gradient", parameter.grad.abs().max().item(), 1.0))
-    held = {name for stage in par.plan.stages for name in stage.buffers}
-    for name, buffer in reference.named_buffers():
-        if name in held:
-            differences.append(_compare(name, "buffer", ranks.whole(name), buffer, 0.0))
+    low = [torch.finfo(dtype).eps for dtype in _computed_in(par.plan) if dtype in LOW_PRECISION]
+    comparison = None
+    if low and tolerance is None and loss_tolerance is None:
+        exact = _exact_outcome(par, model, args, kwargs, loss_fn)
+        if exact is not None:
+            comparison = compare_low_precision(found, untouched, exact, max(low))
+    if comparison is None:
+        loose = LAST_TOLERANCE if low else None
+        comparison = compare_fixed(
+            found,
+            untouched,
+            next(t for t in (loss_tolerance, loose, LOSS_TOLERANCE) if t is not None),
+            next(t for t in (tolerance, loose, GRADIENT_TOLERANCE) if t is not None),
+        )
+        if not comparison.ok and not low and tolerance is None:
+            exact = _exact_outcome(par, model, args, kwargs, loss_fn, (torch.float64,))
+            comparison = allow_rounding(comparison, untouched, exact) if exact is not None else comparison
     par.close()
-    loose = max((LOW_PRECISION_TOLERANCE.get(dtype, 0.0) for dtype in _computed_in(par.plan)), default=0.0)
-    loss_tolerance = loss_tolerance if loss_tolerance is not None else loose or LOSS_TOLERANCE
-    tolerance = tolerance if tolerance is not None else loose or GRADIENT_TOLERANCE
-    off = abs(loss.item() - expected.item())
-    worst = max(differences, key=lambda d: d.relative, default=Difference("", "none", 0.0, 0.0))
-    ok = off <= loss_tolerance * max(1.0, abs(expected.item())) and all(d.relative <= tolerance for d in differences)
-    return Report(ok, loss.item(), expected.item(), off, worst, tuple(differences), loss_tolerance, tolerance, par.plan)
+    return _report(comparison, found, untouched, par.plan)
+
+
+def _report(comparison: Comparison, found: Outcome, untouched: Outcome, plan: Plan) -> Report:
+    worst = max(comparison.differences, key=lambda d: (d.badness, d.relative), default=Difference("", "none", 0.0, 0.0))
+    loss = untouched.loss.item()
+    return Report(
+        comparison.ok, found.loss.item(), loss, comparison.loss_difference, worst, comparison.differences,
+        comparison.loss_tolerance, worst.allowed, comparison.criterion, plan,
+    )  # fmt: skip
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    """A copy, without gradients. Both sides see its modes: no dropout, batch statistics as the user has them."""
+    computed = [  # a tensor that forward computes and keeps cannot be copied; forward computes it again
+        value for module in model.modules() for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    ]  # fmt: skip
+    copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    copied.zero_grad()
+    for module in copied.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = False
+    return copied
+
+
+def _outcome(
+    par: Any,
+    reference: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss_fn: Callable[..., Any] | None,
+    dtype: torch.dtype | None = None,
+) -> Outcome:
+    """One step of a model by itself. A trained parameter that the plan does not hold counts if it has a gradient."""
+    loss = _reference_step(par, reference, args, kwargs, loss_fn, dtype)
+    held = {name for stage in par.plan.stages for name in stage.buffers}
+    return Outcome(
+        loss,
+        {
+            name: parameter.grad.to_dense() if parameter.grad is not None and parameter.grad.is_sparse else parameter.grad
+            for name, parameter in reference.named_parameters(remove_duplicate=True)
+            if name in par.plan.parameter_notation or parameter.grad is not None
+        },
+        {name: buffer for name, buffer in reference.named_buffers() if name in held},
+    )
+
+
+def _exact_outcome(
+    par: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_fn: Callable[..., Any] | None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
+) -> Outcome | None:  # fmt: skip
+    """The same step of the same numbers in a higher precision, of the first of these that works; None if none does."""
+    for dtype in dtypes:
+        try:
+            raised = _without_dropout(model).to(dtype)
+            function = copy.deepcopy(loss_fn).to(dtype) if isinstance(loss_fn, nn.Module) else loss_fn
+            return _outcome(par, raised, args, kwargs, function, dtype)
+        except (RuntimeError, TypeError, NotImplementedError) as error:  # an op or a device without it, dtypes that mix
+            reason = str(error).partition("\n")[0]
+    if torch.float32 not in dtypes:
+        return None
+    warnings.warn(
+        f"verify: the model cannot run in a higher precision ({reason}); both sides are compared with each other, "
+        f"tolerance {LAST_TOLERANCE:.0e}",
+        stacklevel=3,
+    )
+    return None
 
 
 def _reference_step(
-    par: Any, reference: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_fn: Callable[..., Any] | None
+    par: Any,
+    reference: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss_fn: Callable[..., Any] | None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Forward and backward of the untouched model; the loss. Buffers end up as they do by the plan's microbatches."""
+    """Forward and backward of the untouched model; the loss. Buffers end up as they do by the plan's microbatches.
+
+    `dtype`: what its floating-point inputs are turned into.
+    """
     plan: Plan = par.plan
     signature = par._traced.signature
     updates, felt = _buffer_updates(plan)
     whole = copy.deepcopy(reference) if updates and not felt else reference
     loss = torch.zeros(())
     if not (updates and felt and plan.microbatches > 1):
-        expected = _reference_loss(reference, signature.bind(args, kwargs), loss_fn)
+        expected = _reference_loss(reference, signature.bind(args, kwargs), loss_fn, dtype)
         expected.backward()
         if not updates or plan.microbatches == 1:
             return expected.detach()
@@ -170,14 +263,14 @@ def _reference_step(
     for index, part in enumerate(parts):
         again = signature.rebuild(args, kwargs, [part[name] for name in plan.inputs])
         if felt:
-            expected = _reference_loss(reference, again, loss_fn) * (
+            expected = _reference_loss(reference, again, loss_fn, dtype) * (
                 weights[index] / sum(weights) if weights[0] is not None else 1.0
             )
             expected.backward()
             loss = loss + expected.detach()
         else:
             with torch.no_grad():
-                _reference_loss(whole, again, loss_fn)
+                _reference_loss(whole, again, loss_fn, dtype)
     if whole is not reference:
         for buffer, updated in zip(reference.buffers(), whole.buffers(), strict=True):
             buffer.copy_(updated)
@@ -204,7 +297,7 @@ def _buffer_updates(plan: Plan) -> tuple[bool, bool]:
 
 
 def _weight(plan: Plan, part: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Any:
-    """What a microbatch counts in the batch's loss; None if the loss is a sum. BadArgument for a loss of several terms."""
+    """What a microbatch counts in the batch's loss; None if the loss is a sum. BadArgument for terms that weigh differently."""
     loss = next(
         node
         for node in plan.stages[-1].graph_module.graph.nodes
@@ -212,23 +305,33 @@ def _weight(plan: Plan, part: Mapping[str, torch.Tensor], sizes: Mapping[str, in
     )
     if plan.loss_weights is None:
         return None
-    if not any(isinstance(arg, fx.Node) and "loss_share" in arg.meta for arg in loss.args):
+    given = {**part, **sizes}
+    weights = plan.loss_weights(
+        *(given[str(node.target)] for node in plan.loss_weights.graph.nodes if node.op == "placeholder")
+    )
+    if not every_term_weighed(loss) or any(float(weight) != float(weights[0]) for weight in weights):
         raise BadArgument(
             "the untouched model cannot be run by microbatches",
             why="forward updates buffers, and the loss has several terms that weigh differently",
             use="microbatches=1",
         )  # fmt: skip
-    given = {**part, **sizes}
-    return plan.loss_weights(
-        *(given[str(node.target)] for node in plan.loss_weights.graph.nodes if node.op == "placeholder")
-    )[0]
+    return weights[0]
 
 
 def _reference_loss(
-    reference: nn.Module, call: tuple[Any, dict[str, Any]], loss_fn: Callable[..., Any] | None
+    reference: nn.Module,
+    call: tuple[Any, dict[str, Any]],
+    loss_fn: Callable[..., Any] | None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     bound, targets = call
-    output = reference(*bound.args, **bound.kwargs)
+
+    def raised(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    given = (bound.args, bound.kwargs, targets)
+    args, kwargs, targets = given if dtype is None else tree_map(raised, given)
+    output = inner_model(reference)(*args, **kwargs)
     if loss_fn is not None:
         return loss_fn(output, *targets.values())
     if isinstance(output, torch.Tensor):
@@ -236,21 +339,3 @@ def _reference_loss(
     if isinstance(output, Mapping) and "loss" in output:
         return output["loss"]
     return output.loss if isinstance(getattr(output, "loss", None), torch.Tensor) else output[0]
-
-
-def _compare(
-    name: str, kind: str, found: torch.Tensor | None, expected: torch.Tensor | None, floor: float
-) -> Difference:
-    if found is None or expected is None:
-        there = found if found is not None else expected
-        size = there.abs().max().item() if there is not None and there.numel() else 0.0
-        return Difference(name, kind, size, 0.0 if size == 0.0 else 1.0)
-    if expected.numel() == 0:
-        return Difference(name, kind, 0.0, 0.0)
-    found, expected = found.double(), expected.double()
-    if not torch.isfinite(expected).all():
-        same = torch.equal(torch.nan_to_num(found), torch.nan_to_num(expected))
-        return Difference(name, kind, 0.0 if same else float("inf"), 0.0 if same else float("inf"))
-    absolute = (found - expected).abs().max().item()
-    scale = max(expected.abs().max().item(), floor)
-    return Difference(name, kind, absolute, absolute / scale if scale else (0.0 if absolute == 0.0 else float("inf")))

@@ -320,12 +320,77 @@ def transposed_convolution_flops(call: Call) -> Any:
 
 def einsum_flops(call: Call) -> Any:
     """An estimate without the equation: exact for a plain product (sqrt(mk · kn · mn) = mnk), too high with batch
-    dims.
+    dims. One operand is only read and summed.
     """
+    if len(call.inputs) == 1:
+        return call.inputs[0].numel
     if len(call.inputs) != 2:
         return 2 * sum(tensor.numel for tensor in call.inputs)
     volume = call.inputs[0].numel * call.inputs[1].numel * call.outputs[0].numel
     return 2 * (math.isqrt(volume) if isinstance(volume, int) else sympy.sqrt(volume))
+
+
+def batched_sum_flops(call: Call) -> Any:
+    """addbmm, 2 b m n k: inputs bias, [b, m, k], [b, k, n]; the batch is summed over, so it is not in the output."""
+    return 2 * call.inputs[1].numel * call.inputs[2].shape[-1]
+
+
+def matrix_vector_flops(call: Call) -> Any:
+    """addmv: a multiplication and an addition for each entry of the matrix."""
+    return 2 * call.inputs[1].numel
+
+
+def bilinear_flops(call: Call) -> Any:
+    """x W y for every row and output: W is [outputs, i, j], so 2 outputs i j a row, and j of them again for y."""
+    return 2 * call.outputs[0].numel * product(call.inputs[2].shape[1:])
+
+
+def distance_flops(call: Call) -> Any:
+    """cdist: a difference, a power and a sum for each entry of each pair."""
+    return 3 * call.outputs[0].numel * call.inputs[0].shape[-1]
+
+
+def fourier_flops(call: Call) -> Any:
+    """5 n log2 n a transform; all dims are taken for transformed, since their list is not known here.
+
+    Source: Van Loan, Computational Frameworks for the Fast Fourier Transform, section 1.4.
+    """
+    largest = call.largest
+    return 5 * largest * (math.ceil(math.log2(max(largest, 2))) if isinstance(largest, int) else sympy.ceiling(sympy.log(largest, 2)))
+
+
+def recurrent_flops(call: Call) -> Any:
+    """All layers and steps of a recurrent op: each weight matrix (two dims) meets every row of the input once."""
+    rows = product(call.inputs[0].shape[:-1])
+    return 2 * rows * sum(tensor.numel for tensor in call.inputs[1:] if len(tensor.shape) == 2)
+
+
+RECURRENT = OpRow(
+    flops=recurrent_flops,
+    backward_flops=lambda call: 2 * recurrent_flops(call),
+    # the input and, for each step, what the gates came from and what they gave
+    saves=lambda call: Saved(
+        inputs=(0,),
+        extra_bytes=product(call.inputs[0].shape[:-1])
+        * call.inputs[0].bytes_per_element
+        * sum(tensor.shape[0] for tensor in call.inputs[1:] if len(tensor.shape) == 2),
+    ),
+)
+FOURIER = OpRow(flops=fourier_flops, backward_flops=fourier_flops)
+
+
+EINSUM = OpRow(
+    # The gradient to each operand is a product of the others and the output's gradient, as large as the forward's.
+    flops=einsum_flops,
+    backward_flops=lambda call: einsum_flops(call) * call.num_trainable,
+    saves=keeps_partners,
+    backward_read=lambda call: sum(
+        call.output_bytes + call.input_bytes - tensor.num_bytes
+        for tensor, wanted in zip(call.inputs, call.trainable, strict=True)
+        if wanted
+    ),
+    backward_kernels=lambda call: call.num_trainable,
+)
 
 
 # Attention: query [..., L, E], key [..., S, E], value [..., S, Ev], perhaps a mask; the output is [..., L, Ev]

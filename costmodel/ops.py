@@ -18,15 +18,20 @@ from costmodel.formulas import (
     ATTENTION,
     CREATION,
     CROSS_ENTROPY,
+    EINSUM,
+    FOURIER,
     NLL,
+    RECURRENT,
     Call,
     OpRow,
     Saved,
     TensorShape,
+    batched_sum_flops,
+    bilinear_flops,
     contraction,
     convolution_flops,
     copies,
-    einsum_flops,
+    distance_flops,
     hands_gradient_on,
     keeps_first,
     keeps_indices,
@@ -38,6 +43,7 @@ from costmodel.formulas import (
     keeps_quotient,
     lookup,
     matmul_flops,
+    matrix_vector_flops,
     norm,
     pointwise,
     product,
@@ -52,6 +58,7 @@ VIEWS = frozenset(
     view reshape transpose permute expand expand_as split split_with_sizes slice unsqueeze squeeze getitem alias detach
     t unflatten flatten select chunk view_as unbind narrow diagonal numpy_T swapaxes movedim mT unfold lift_fresh_copy
     _unsafe_view view_as_real view_as_complex unsafe_split unsafe_chunk tensor_split real imag broadcast_to as_strided
+    _conj resolve_conj resolve_neg
     """.split()  # noqa: SIM905 - thirty short names, not thirty lines
 )
 
@@ -65,8 +72,9 @@ OP_COSTS: dict[str, OpRow] = {
     "aten.dot": contraction(matmul_flops(0), 0, 1),
     "aten.addmm": contraction(matmul_flops(1), 1, 2),
     "aten.baddbmm": contraction(matmul_flops(1), 1, 2),
-    "aten._grouped_mm": contraction(matmul_flops(0), 0, 1),
-    "aten.einsum": contraction(einsum_flops, 0, 1),
+    "aten._grouped_mm": contraction(matmul_flops(0), 0, 1, right_is_weight=True),
+    "transformers.grouped_mm_fallback": contraction(matmul_flops(0), 0, 1, right_is_weight=True),
+    "aten.einsum": EINSUM,
     "aten.convolution": contraction(convolution_flops, 0, 1, right_is_weight=True),
     "aten.conv1d": contraction(convolution_flops, 0, 1, right_is_weight=True),
     "aten.conv2d": contraction(convolution_flops, 0, 1, right_is_weight=True),
@@ -74,6 +82,21 @@ OP_COSTS: dict[str, OpRow] = {
     "aten.conv_transpose1d": contraction(transposed_convolution_flops, 0, 1, right_is_weight=True),
     "aten.conv_transpose2d": contraction(transposed_convolution_flops, 0, 1, right_is_weight=True),
     "aten.conv_transpose3d": contraction(transposed_convolution_flops, 0, 1, right_is_weight=True),
+    "aten.addbmm": contraction(batched_sum_flops, 1, 2),
+    "aten.addmv": contraction(matrix_vector_flops, 1, 2),
+    "aten.vdot": contraction(matmul_flops(0), 0, 1),
+    "aten.outer": contraction(lambda call: call.outputs[0].numel, 0, 1),
+    "aten.bilinear": contraction(bilinear_flops, 0, 2),
+    "aten._cdist_forward": contraction(distance_flops, 0, 1),
+    "aten._euclidean_dist": contraction(distance_flops, 0, 1),
+    # recurrent layers and Fourier transforms
+    "aten.lstm": RECURRENT,
+    "aten.gru": RECURRENT,
+    "aten.rnn_tanh": RECURRENT,
+    "aten.rnn_relu": RECURRENT,
+    "aten._fft_r2c": FOURIER,
+    "aten._fft_c2c": FOURIER,
+    "aten._fft_c2r": FOURIER,
     # attention
     "aten.scaled_dot_product_attention": ATTENTION,
     "aten._scaled_dot_product_flash_attention": ATTENTION,

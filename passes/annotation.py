@@ -12,22 +12,33 @@ Grammar of an annotation, `"b t k, n k -> b t n"`:
 - `(q + k + v)`: one dim that is the concatenation of several, which are split together, each in itself;
 - `1`: a dim of size 1.
 
-`Binding.split(name, cut)` is all that the rest needs: for each argument and result, the dim and the blocks in which
-it is split.
+`Binding.shard(pattern, shape, group, cut, axis_size)` is all that the rest needs: for each argument and result, the dim and
+the blocks in which it is split. Where the axis does not divide a name, all dims that hold it are padded alike: 6 heads in
+pieces of 2 are 48 features in pieces of 16, though 4 ranks divide 48 (`passes.placement`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import sympy
 
 from passes.ir import Size
-from passes.placement import Shard, divides
+from passes.placement import (
+    Shard,
+    alike,
+    can_be_padded,
+    ceil_div,
+    divides,
+    is_padded,
+    per_block,
+    settled,
+)  # fmt: skip
 
+Padding = int | tuple[int, ...]  # a unit or a piece: one number for all blocks, or one each
 _TOKEN = re.compile(r"\.\.\.|\([^()]*\)|\[\w+\]|[\w~]+")
 
 
@@ -41,10 +52,36 @@ class Dim:
 
 @dataclass(frozen=True)
 class Cut:
-    """In how many blocks (or blocks of which sizes) a named dim is split, and the finest piece that stays together."""
+    """In how many blocks (or blocks of which sizes) a named dim is split, the finest part that stays together, and the length of
+    a rank's piece where it is padded to whole units (as in `Shard`; of each part, for the parts of a concatenation)."""
 
     segments: Size | tuple[int, ...] = 1
-    unit: int = field(default=1, compare=False)
+    unit: Padding = field(default=1, compare=False)
+    piece: Padding = 0
+
+
+def _settled(segments: Size | tuple[int, ...], block: Size, piece: Padding, unit: Padding, axis_size: int) -> Cut | None:
+    """A cut with its unit and piece as a `Shard` holds them; None if the pieces are not made of the units. `block` is the size of equal
+    blocks, `piece` 0 for ceil(block / axis_size)."""
+    blocks = segments if isinstance(segments, tuple) else (block,)
+    if not all(isinstance(one, int) for one in blocks):
+        return None if piece else Cut(segments, unit)
+    sizes = [int(one) for one in blocks]
+    pieces = per_block(piece, len(sizes)) if piece else [ceil_div(size, axis_size) for size in sizes]
+    found = settled(sizes, pieces, per_block(unit, len(sizes)), axis_size)
+    return None if found is None else Cut(segments, *found)
+
+
+def _times(given: Padding, by: int) -> Padding:
+    return tuple(number * by for number in given) if isinstance(given, tuple) else given * by
+
+
+def _over(given: Padding, by: Size) -> Padding | None:
+    """Each number divided; None if that leaves a rest."""
+    numbers = given if isinstance(given, tuple) else (given,)
+    if not isinstance(by, int) or any(number % by for number in numbers):
+        return None
+    return tuple(number // by for number in numbers) if isinstance(given, tuple) else given // by
 
 
 def _parse_pattern(text: str, rank: int) -> tuple[tuple[Dim, ...], frozenset[str]]:
@@ -107,38 +144,77 @@ class Binding:
                         seen[group] = None
         return tuple(seen)
 
-    def dim_cut(self, dim: Dim, size: Size, group: tuple[str, ...], cut: Cut) -> Cut | None:
+    def dim_cut(self, dim: Dim, group: tuple[str, ...], cut: Cut, axis_size: int) -> Cut | None:
         """How a dim is split when `group` is split by `cut`; None if the dim is not concerned or cannot be."""
         if dim.joined:
             sizes = tuple(self.sizes[name] for name in dim.names)
             if cut.segments != 1 or not all(isinstance(part, int) for part in sizes):
                 return None
-            return Cut(len(sizes) if len(set(sizes)) == 1 else sizes, cut.unit)
-        position = dim.names.index(group[0])
-        before = _product([self.sizes[name] for name in dim.names[:position]])
-        after = _product([self.sizes[name] for name in dim.names[position + 1 :]])
-        if isinstance(cut.segments, tuple):
+            joined = _settled(sizes, 1, cut.piece, cut.unit, axis_size)  # type: ignore[arg-type]
+            return None if joined is None else replace(joined, segments=len(sizes) if len(set(sizes)) == 1 else sizes)
+        name = next(name for name in group if name in dim.names)
+        mine = _of_part(group, name, cut)
+        before, after = self._around(dim, name)
+        if isinstance(mine.segments, tuple):
             if before != 1 or not isinstance(after, int):
                 return None
-            return Cut(tuple(block * after for block in cut.segments), cut.unit * after)
-        return Cut(before * cut.segments, cut.unit * after if isinstance(after, int) else 1)
+            blocks = tuple(block * after for block in mine.segments)
+            pieces = mine.piece or tuple(ceil_div(block, axis_size) for block in mine.segments)
+            return _settled(blocks, 1, _times(pieces, after), _times(mine.unit, after), axis_size)
+        block = _ratio(self.sizes[name], mine.segments)
+        if not isinstance(after, int) or not isinstance(block, int):
+            unit = _times(mine.unit, after) if isinstance(after, int) else 1
+            return None if mine.piece else Cut(before * mine.segments, unit)
+        pieces = mine.piece or ceil_div(block, axis_size)
+        return _settled(before * mine.segments, block * after, _times(pieces, after), _times(mine.unit, after), axis_size)
 
-    def name_cut(self, dim: Dim, group: tuple[str, ...], cut: Cut) -> Cut | None:
+    def name_cut(self, dim: Dim, group: tuple[str, ...], cut: Cut, axis_size: int) -> Cut | None:
         """The inverse: the cut of `group` that gives the dim's `cut`; None if there is none."""
         if dim.joined:
-            expected = self.dim_cut(dim, 0, group, Cut())
-            return Cut(1, cut.unit) if expected is not None and expected.segments == cut.segments else None
-        position = dim.names.index(group[0])
-        before = _product([self.sizes[name] for name in dim.names[:position]])
-        after = _product([self.sizes[name] for name in dim.names[position + 1 :]])
-        unit = cut.unit // after if isinstance(after, int) and cut.unit % after == 0 else 1
+            expected = self.dim_cut(dim, group, Cut(), axis_size)
+            return replace(cut, segments=1) if expected is not None and expected.segments == cut.segments else None
+        name = next(name for name in group if name in dim.names)
+        before, after = self._around(dim, name)
+        unit, piece = _over(cut.unit, after), _over(cut.piece, after) if cut.piece else 0
+        if piece is None or (piece and unit is None):
+            return None
+        segments: Size | tuple[int, ...] | None
         if isinstance(cut.segments, tuple):
-            if before != 1 or not isinstance(after, int) or any(block % after for block in cut.segments):
-                return None
-            blocks = tuple(block // after for block in cut.segments)
-            return Cut(len(blocks) if len(set(blocks)) == 1 else blocks, unit)
-        count = _ratio(cut.segments, before)
-        return Cut(count, unit) if count is not None and _ratio(self.sizes[group[0]], count) is not None else None
+            segments = _over(cut.segments, after) if before == 1 else None
+            segments = len(segments) if isinstance(segments, tuple) and len(set(segments)) == 1 else segments
+        else:
+            segments = _ratio(cut.segments, before)
+        block: Size | None = 1 if segments is None or isinstance(segments, tuple) else _ratio(self.sizes[name], segments)
+        if segments is None or block is None:
+            return None
+        found = _settled(segments, block, piece, unit or 1, axis_size)
+        return found if found is None or len(group) == 1 else self._of_group(group, name, found, axis_size)
+
+    def is_padded(self, group: tuple[str, ...], cut: Cut, axis_size: int) -> bool:
+        """True if the axis does not divide what `cut` splits: the last ranks' pieces of `group` have padding in them."""
+        parts = [(name, _of_part(group, name, cut)) for name in group]
+        return any(is_padded(self.sizes[n], Shard(0, part.segments, 1, part.piece), axis_size) for n, part in parts)
+
+    def _around(self, dim: Dim, name: str) -> tuple[Size, Size]:
+        """The products of the sizes before and after a name in a dim."""
+        position = dim.names.index(name)
+        before, after = dim.names[:position], dim.names[position + 1 :]
+        return _product([self.sizes[n] for n in before]), _product([self.sizes[n] for n in after])
+
+    def _of_group(self, group: tuple[str, ...], name: str, cut: Cut, axis_size: int) -> Cut | None:
+        """The cut of all parts of a concatenation that goes with the cut of one: as many units of each."""
+        mine, sizes = self.sizes[name], [self.sizes[part] for part in group]
+        if not cut.piece:
+            return cut
+        if cut.segments != 1 or not isinstance(cut.unit, int) or not isinstance(mine, int):
+            return None
+        count = mine // cut.unit
+        if any(not isinstance(size, int) or size % count for size in sizes):
+            return None
+        units = [int(size) // count for size in sizes]
+        pieces = alike([ceil_div(count, axis_size) * unit for unit in units])
+        found = _settled(tuple(int(size) for size in sizes), 1, pieces, alike(units), axis_size)
+        return None if found is None else replace(found, segments=1)
 
     def concerned(
         self, pattern: tuple[Dim, ...], shape: tuple[Size, ...], group: tuple[str, ...]
@@ -154,17 +230,18 @@ class Binding:
     def shard(
         self, pattern: tuple[Dim, ...], shape: tuple[Size, ...], group: tuple[str, ...], cut: Cut, axis_size: int
     ) -> Shard | bool | None:
-        """The placement of one argument or result: a Shard, None where it is not concerned, False where the split is
-        impossible."""
+        """The placement of one argument or result: a Shard (padded where the axis does not divide the dim), None where it is not
+        concerned, False where the split is impossible."""
         found = self.concerned(pattern, shape, group)
         if found is None:
             return None
         index, dim = found
-        names_here = [name for name in group if name in dim.names]
-        dim_cut = self.dim_cut(dim, shape[index], (names_here[0],), cut)
-        if dim_cut is None or not divides(shape[index], dim_cut.segments, axis_size):
+        dim_cut = self.dim_cut(dim, group, cut, axis_size)
+        if dim_cut is None:
             return False
-        return Shard(index, dim_cut.segments, dim_cut.unit)
+        shard = Shard(index, dim_cut.segments, dim_cut.unit, dim_cut.piece)
+        even = not shard.piece and divides(shape[index], shard.segments, axis_size)
+        return shard if even or can_be_padded(shape[index], shard, axis_size) else False
 
 
 @lru_cache(maxsize=65536)
@@ -279,10 +356,18 @@ def _group(names: list[str]) -> str:
     return "1" if not names else names[0] if len(names) == 1 else "(" + " ".join(names) + ")"
 
 
+def _of_part(group: tuple[str, ...], name: str, cut: Cut) -> Cut:
+    """The cut of one part of a concatenation."""
+    if len(group) == 1:
+        return cut
+    unit, piece = (per_block(given, len(group))[group.index(name)] for given in (cut.unit, cut.piece))
+    return Cut(cut.segments, unit, piece)
+
+
 def _ratio(a: Size, b: Size) -> Size | None:
     """a / b if that is a whole number, else None."""
     if isinstance(a, int) and isinstance(b, int):
-        return a // b if a % b == 0 else None
+        return a // b if b and a % b == 0 else None  # b = 0: a tensor without elements
     ratio = sympy.sympify(a) / b
     if ratio.is_Integer:
         return int(ratio)

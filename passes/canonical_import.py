@@ -15,6 +15,7 @@ fake tensors.
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import re
 import sysconfig
@@ -27,8 +28,10 @@ import torch
 from torch import fx
 
 from costmodel.errors import CaptureError
+from passes.canonical_composites import is_composite, parts
 from passes.canonical_rewrite import Builder, op_name
 from passes.ir import Origin, TensorType, output_types, size_symbol
+from passes.sizes import simplified
 
 aten = torch.ops.aten
 
@@ -99,7 +102,7 @@ class _Importer:
             return size
         raw = size.node.expr
         if raw not in self._exprs:
-            mapped = raw.xreplace(self.imports.symbols)
+            mapped = simplified(raw.xreplace(self.imports.symbols))
             self._exprs[raw] = int(mapped) if mapped.is_Integer else mapped
         return self._exprs[raw]
 
@@ -181,6 +184,16 @@ class _Importer:
                 values[node] = module.get_submodule(str(node.target))
                 continue
             assert node.op == "call_function", f"torch.export made a {node.op} node: {node.format_node()}"
+            written_out = None
+            if region.autocast is None and is_composite(node):
+                written_out = parts(node, lambda source: bool(values[source].meta.get("trainable")) and region.grad)
+            if written_out is not None:
+                body, inputs = written_out
+                given = [values[source] for source in inputs]
+                results = self.inline(body, dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True)), region)
+                single = isinstance(node.meta.get("val"), torch.Tensor)
+                values[node] = results[0] if single else _RegionOutputs(results)
+                continue
             # an inlined region stands as the list of its outputs; getitem picks one
             args = tuple(fx.node.map_arg(arg, values.__getitem__) for arg in node.args)
             kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
@@ -194,8 +207,17 @@ class _Importer:
         if args and isinstance(args[0], _RegionOutputs):
             return args[0][args[1]]
         value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and not isinstance(target, torch._ops.OpOverload) and target is not operator.getitem:
+            raise CaptureError(
+                f"{getattr(target, '__name__', target)} is no operation that a program can hold",
+                where=str(self.origin_of(node)) or None,
+                use="batched tensor operations in place of torch.vmap and the like",
+            )
         if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-            return self.builder.size(self.expr(value), self.origin_of(node))
+            size = self.expr(value)
+            if isinstance(size, sympy.Expr) and not size.free_symbols <= set(self.by_symbol):
+                return None  # read from a tensor's values, by a check: the trace refuses any other use
+            return self.builder.size(size, self.origin_of(node))
         if not isinstance(value, (torch.Tensor, list, tuple)) and not _mutates(target):
             return None  # assertions, the size comparisons that fed them, and the switches of regions
         meta = self.meta_of(node)

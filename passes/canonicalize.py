@@ -4,7 +4,8 @@ that is a size.
 `canonicalize` is the composition of PASSES, each a function from graph to graph. What they may not do is change
 numbers: executed with the marked biases fused again, the canonical graph gives the bits of the user's model. Therefore
 common subexpressions are merged only where no gradient flows (elsewhere it would change the order of gradient sums),
-and nothing is decomposed further than linear = matmul + bias. To add a pass: write graph -> graph with `rewrite`, and
+and nothing is decomposed further than linear = matmul + bias, but for ops that eager runs as several ops anyway
+(`passes.canonical_composites`). To add a pass: write graph -> graph with `rewrite`, and
 put it in the tuple.
 """
 
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.canonical_flatten import keep_leading_dims
 from passes.canonical_import import Imports, import_graph
 from passes.canonical_inplace import functionalise
 from passes.canonical_masks import fold_causal_masks
 from passes.canonical_rewrite import Builder, argument, is_random, op_name, rewrite, shape_of
+from passes.canonical_slices import merge_slices
 from passes.ir import TensorType, is_trainable, origin, tensor_type
 
 aten = torch.ops.aten
@@ -38,6 +41,15 @@ _SAME_SHAPE_SPELLINGS = {
 }
 _KEEPS_LAYOUT = {"view", "reshape", "unsqueeze", "squeeze", "detach", "to", "dropout"}
 _BITWISE = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"}
+# `x.new_zeros(...)` reads nothing of x but dtype and device.
+_NEW: dict[str, Any] = {
+    "new_zeros": aten.zeros.default, "new_ones": aten.ones.default, "new_full": aten.full.default,
+    "new_empty": aten.empty.memory_format,
+}  # fmt: skip
+_BIASED_CONVOLUTIONS = frozenset(
+    ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+)
+_SPARSE_GRADIENT = {"embedding", "embedding_bag", "_embedding_bag"}
 _SPLITS = {
     "split",
     "split_with_sizes",
@@ -137,8 +149,8 @@ def _is_dense(node: fx.Node, dense: dict[fx.Node, bool]) -> bool:
 
 def one_spelling(graph: fx.Graph) -> fx.Graph:
     """One way to write each thing: explicit sizes in view, reshape and expand; split_with_sizes for split, chunk and
-    unbind; bitwise_and for `&`; permute for movedim; to.dtype for casts. `view` of a value that need not be dense
-    becomes `reshape`."""
+    unbind; bitwise_and for `&`; permute for movedim; to.dtype for casts; dense gradients for sparse ones. `view` of a
+    value that need not be dense becomes `reshape`."""
 
     dense: dict[fx.Node, bool] = {}
     for node in graph.nodes:
@@ -147,6 +159,11 @@ def one_spelling(graph: fx.Graph) -> fx.Graph:
     def rule(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name, kind, where = op_name(node.target), tensor_type(node), origin(node)
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if name in _SPARSE_GRADIENT and argument(node, "sparse"):
+            position = [parameter.name for parameter in node.target._schema.arguments].index("sparse")  # type: ignore[union-attr]
+            if position < len(args):
+                args = (*args[:position], False, *args[position + 1 :])
+            return builder.copy(node, args, {key: value for key, value in kwargs.items() if key != "sparse"})
         if name in ("expand", "expand_as") and kind is not None:
             return builder.emit(
                 aten.expand.default, (args[0], builder.shape(kind.shape, where)), {}, node.meta, node.name
@@ -181,6 +198,9 @@ def one_spelling(graph: fx.Graph) -> fx.Graph:
             and source is not None
         ):
             return _permuted(builder, node, args, len(shape_of(source)))
+        if name in _NEW and kind is not None and node.meta.get("device") is not None:
+            given = {"dtype": kind.dtype, "device": node.meta["device"]}
+            return builder.emit(_NEW[name], args[1:], given, node.meta, node.name)
         if name == "narrow" and source is not None and isinstance(argument(node, "start"), int):
             dim, start, length = args[1:4]
             stop = builder.size(start + (length.meta["size"] if isinstance(length, fx.Node) else length), where)
@@ -262,10 +282,11 @@ def merge_common(graph: fx.Graph) -> fx.Graph:
 
 
 def split_biases(graph: fx.Graph) -> fx.Graph:
-    """linear with bias -> linear, add; addmm -> mm, add.
+    """linear with bias -> linear, add; addmm -> mm, add; a convolution with bias -> convolution, add of the bias in its
+    dim.
 
     The add is marked so that the exact fused op can be put back where nothing comes between the two: meta["fused"] is
-    "linear" or "addmm", meta["bias_of"] the product's node name.
+    "linear", "addmm" or "convolution", meta["bias_of"] the product's node name.
     """
 
     def rule(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -276,6 +297,13 @@ def split_biases(graph: fx.Graph) -> fx.Graph:
         elif name == "addmm" and argument(node, "beta") == 1 and argument(node, "alpha") == 1:
             bias = args[0]
             product = builder.emit(aten.mm.default, args[1:3], {}, node.meta, node.name)
+        elif name in _BIASED_CONVOLUTIONS and isinstance(argument(node, "bias"), fx.Node) and len(args) > 2:
+            weight, bias = node.args[1:3]
+            product = builder.emit(node.target, (*args[:2], None, *args[3:]), kwargs, node.meta, node.name)
+            shape = [*shape_of(bias), *[1] * (len(shape_of(weight)) - 2)]  # type: ignore[arg-type]
+            kind = TensorType(bias.meta["tensor"].dtype, tuple(shape))  # type: ignore[union-attr]
+            bias = builder.call(aten.reshape.default, (args[2], shape), like=node, tensor=kind, name=f"{bias.name}_shaped")  # type: ignore[union-attr]
+            name = "convolution"
         else:
             return builder.copy(node, args, kwargs)
         marks = {"fused": name, "bias_of": product.name}
@@ -306,8 +334,10 @@ PASSES: tuple[Pass, ...] = (
     strip_no_ops,
     one_spelling,
     merge_common,
+    merge_slices,
     fold_causal_masks,
     split_biases,
+    keep_leading_dims,
     remove_dead,
 )
 

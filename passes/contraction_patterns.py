@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from passes.ir import Size
-from passes.patterns import Call, Pattern, all_whole, dim_names, elementwise
+from passes.patterns import Call, Pattern, Text, all_whole, dim_names, elementwise
 
 NONE, MEAN, SUM = 0, 1, 2  # ATen's loss reductions
 
@@ -45,6 +45,65 @@ def baddbmm(call: Call) -> str:
     return f"{_ones('b m n', call.inputs[0].shape)}, b m [k], b [k] n -> b m n"
 
 
+def addbmm(call: Call) -> str:
+    """bias + the sum of a @ b over the batch."""
+    return f"{_ones('m n', call.inputs[0].shape)}, [b] m [k], [b] [k] n -> m n"
+
+
+def addmv(call: Call) -> str:
+    """bias + a @ v."""
+    return f"{_ones('m', call.inputs[0].shape)}, m [k], [k] -> m"
+
+
+def addr(call: Call) -> str:
+    """bias + the outer product."""
+    return f"{_ones('m n', call.inputs[0].shape)}, m, n -> m n"
+
+
+def bilinear(call: Call) -> str:
+    """x W y, and a bias that must be added once."""
+    if len(call.inputs) > 3:
+        return "... [i], ... [j], o [i] [j], o -> ... o"
+    return "... i, ... j, o i j -> ... o"
+
+
+def linear_without_bias(call: Call) -> str:
+    """Of `bilinear`: any one argument may be a partial sum."""
+    return "each" if len(call.inputs) == 3 else ""
+
+
+def cross(call: Call) -> str:
+    """The dim of three stays whole."""
+    dim = call.argument(2, "dim", -1) % len(call.outputs[0].shape)
+    if any(len(value.shape) != len(call.outputs[0].shape) for value in call.inputs):
+        return all_whole(call)
+    names = " ".join(f"[{name}]" if k == dim else name for k, name in enumerate(dim_names(len(call.outputs[0].shape))))
+    return f"{names}, {names} -> {names}"
+
+
+def matrices(call: Call) -> str:
+    """Linear algebra on the last two dims; batches of matrices are free where no operand is broadcast."""
+    batch = call.inputs[0].shape[:-2]
+    if any(value.shape[: len(batch)] != batch for value in (*call.inputs, *call.outputs)):
+        return all_whole(call)
+    texts = [
+        " ".join([*dim_names(len(batch)), *(f"[{'xy'[side]}{k}_{d}]" for d in range(len(value.shape) - len(batch)))])
+        for side, values in enumerate((call.inputs, call.outputs))
+        for k, value in enumerate(values)
+    ]
+    return f"{', '.join(texts[: len(call.inputs)])} -> {', '.join(texts[len(call.inputs) :])}"
+
+
+def weight_norm(call: Call) -> str:
+    """Each row (dim 0), or each entry of the last dim, is scaled to a norm of its own: those are free."""
+    rank, dim = call.rank(), call.argument(2, "dim", 0)
+    names = [name if k == dim else f"[{name}]" for k, name in enumerate(dim_names(rank))]
+    norms = [f"d{dim}" if k == dim else "1" for k in range(rank)]
+    scale = norms if call.rank(1) == rank else [f"d{dim}"]
+    result = scale if len(call.outputs[1].shape) != rank else norms
+    return f"{' '.join(names)}, {' '.join(scale)} -> {' '.join(names)}, {' '.join(result)}"
+
+
 def einsum(call: Call) -> str:
     """The equation itself; a letter that an operand repeats (a diagonal) keeps everything whole."""
     left, arrow, right = call.args[0].replace(" ", "").partition("->")
@@ -79,15 +138,54 @@ def attention(call: Call) -> str:
     return ", ".join(patterns) + f" -> b {heads} [t] [e]"
 
 
-def convolution(call: Call) -> str:
-    """Output channels, or input channels to a partial sum (no bias then); grouped, both inside each group."""
-    space, kernel = (" ".join(f"[{side}{k}]" for k in range(call.rank(1) - 2)) for side in ("x", "k"))
-    out = " ".join(f"[y{k}]" for k in range(call.rank(1) - 2))
+def convolution(call: Call) -> Text:
+    """Output channels, or input channels to a partial sum (no bias then); grouped, both inside each group, or groups."""
+    return _convolution(call, call.argument(6, "groups", 1), "o", "i")
+
+
+def transposed_convolution(call: Call) -> Text:
+    """The same with a weight whose first dim is the input channels."""
+    return _convolution(call, call.argument(6, "groups", 1), "i", "o")
+
+
+def _convolution(call: Call, groups: int, first: str, second: str) -> Text:
+    space, kernel, out = (" ".join(f"[{side}{k}]" for k in range(call.rank(1) - 2)) for side in "xky")
     rows = "n" if call.rank() == call.rank(1) else ""
-    groups, inner = call.argument(6, "groups", 1), "i" if len(call.inputs) == 2 else "[i]"
-    before, after = ("([g] i)", "([g] o)") if groups != 1 else (inner, "o")
-    bias = f", {after}" if len(call.inputs) > 2 else ""
-    return f"{rows} {before} {space}, {after} {inner} {kernel}{bias} -> {rows} {after} {out}"
+    if len(call.inputs) > 2:  # a bias is added once: input channels stay whole
+        first, second = (f"[{name}]" if name == "i" else name for name in (first, second))
+    inside, outside = (second, first) if "i" in second else (first, second)
+
+    def grouped(name: str) -> str:
+        return name if groups == 1 else f"(g {name})"
+
+    bias = f", {grouped(outside)}" if len(call.inputs) > 2 else ""
+    text = f"{rows} {grouped(inside)} {space}, {grouped(first)} {second} {kernel}{bias} -> {rows} {grouped(outside)} {out}"
+    return (text, (("g", groups),)) if groups != 1 else text
+
+
+GROUPED_ALIGNMENT_BYTES = 16  # grouped kernels want rows that begin at multiples of it
+
+
+def grouped_matmul(call: Call) -> Text:
+    """Matmuls of groups: rows t of a 2d left operand, columns of a 2d right one, or the contracted dim of two 2d
+    operands belong to groups as `offs` says, so they stay whole, as do the groups. The others may be split, in pieces
+    that keep rows aligned."""
+    left, right = call.inputs[:2]
+    sizes: dict[str, Size] = {"u": GROUPED_ALIGNMENT_BYTES // left.dtype.itemsize}
+
+    def free(name: str, size: Size) -> str:
+        return f"({name} [u])" if isinstance(size, int) and size % sizes["u"] == 0 else f"[{name}]"
+
+    two = len(left.shape), len(right.shape)
+    grouped = {(2, 3): "m", (3, 2): "n", (2, 2): "k", (3, 3): ""}[two]
+    names = {"m": left.shape[-2], "k": left.shape[-1], "n": right.shape[-1]}
+    m, k, n = (f"[{name}]" if name == grouped else free(name, size) for name, size in names.items())
+    if len(call.inputs) > 3:
+        return all_whole(call)  # a bias a group, which no kernel takes yet
+    operands = [f"{'[e] ' if two[0] == 3 else ''}{m} {k}", f"{'[e] ' if two[1] == 3 else ''}{k} {n}"]
+    offsets = ["[e]"] * (len(call.inputs) - 2)
+    batch = "[e] " if len(call.outputs[0].shape) == 3 else ""
+    return f"{', '.join([*operands, *offsets])} -> {batch}{m} {n}", tuple(sizes.items())
 
 
 # ---- losses

@@ -14,7 +14,7 @@ from costmodel.hardware import Hardware, Link
 from costmodel.ops import TensorShape, op_cost
 from costmodel.roofline import backward_seconds, forward_seconds
 from passes.ir import DTYPE_NAMES, Size, TensorType, size_symbol
-from passes.placement import Placement, Replicate, Shard
+from passes.placement import Placement, Replicate, Shard, local_size
 from passes.reshard import reshard_seconds
 from passes.rules import Call, Strategy
 
@@ -60,7 +60,8 @@ class Pricing:
         """One rank's numeric shape of a value."""
         numbers = [self.number(size) for size in value.shape]
         if isinstance(placement, Shard):
-            numbers[placement.dim] //= axis_size
+            size, dim = value.shape[placement.dim], placement.dim
+            numbers[dim] = self.number(local_size(size, placement, dim, axis_size)) if isinstance(size, int) else numbers[dim] // axis_size
         return TensorShape(tuple(numbers), value.dtype.itemsize, value.is_floating)
 
     def num_bytes(self, value: TensorType) -> int:

@@ -1,16 +1,20 @@
-"""The cut pass: contiguous pipeline stages with the least maximum time within memory.
+"""The cut pass: contiguous pipeline stages with the least step time of the chosen schedule, within memory.
 
 - Candidates are the places on the line (`passes.line`) where fewer bytes cross than on both sides (`_candidates`). The clean ones
   among them are those that no place within half a stage undercuts: between layers, as a rule (`_clean`).
 - A stage's time is the roofline forward + backward of its calls, collectives included, plus sending its results on: each value is a
   message. Its memory is its parameters' training state plus what backward keeps times the microbatches in flight there.
-- Dynamic programming over places and stages finds the least possible maximum time (`_Search.bottleneck`). Clean cuts are taken if
-  they come within CLEAN_SLACK of what any cut could do; a layer is then never split in a way that sends more than needed.
-- Among the cuts within one percent of the best, the one that sends least is taken, then the most even one (`_Search.places`).
+- Dynamic programming over places and stages finds the least possible maximum time (`_Search.bottleneck`), and among the cuts within
+  one percent of it the one that sends least, then the most even one (`_Search.ends`).
+- From there on the aim itself is what counts: the step time of the schedule that will run, with each rank's stages, each pair of stages'
+  transfers and the memory of a rank (`passes.cut_objective`). Few cuts are all tried; of many, the neighbours of the best so far.
+- Clean cuts are taken if they come within CLEAN_SLACK of what any cut could do, and are no slower than the dynamic programme's; a layer is
+  then never split in a way that sends more than needed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,10 +23,12 @@ from torch import fx
 
 from costmodel.collectives import send_seconds
 from costmodel.errors import BadArgument, TooManyStages
-from costmodel.memory import training_state_bytes
+from costmodel.memory import PeakMemory, training_state_bytes
 from passes.costs import Pricing
+from passes.cut_objective import InFlight, Objective
 from passes.ir import is_state, origin
 from passes.line import NEVER, Line, running_sums
+from passes.step_time import StepTimes
 
 Held = Mapping[str, tuple[int, ...]]  # parameter name -> the stages that hold it
 MOST_EXPLAINED = 6  # boundaries that get a note each
@@ -30,12 +36,10 @@ MOST_PLACES = 700  # candidates that the dynamic programme looks at
 SLACK = 1.01  # cuts within one percent of the best maximum compete on bytes sent and evenness
 CLEAN_SLACK = 1.10  # how much slower than the best cut one between layers may be
 
-InFlight = Callable[[int, int], int]
-
 
 @dataclass(frozen=True)
 class StageCost:
-    """Predictions for one stage, per microbatch and rank."""
+    """Predictions for one stage, per microbatch and rank. `sends`: stages that get something from it, and the seconds of each transfer."""
 
     forward_seconds: float
     backward_seconds: float
@@ -45,6 +49,16 @@ class StageCost:
     state_bytes: float
     saved_bytes: float
     in_flight: int
+    recompute_seconds: float = 0.0  # of the backward: what is run again
+    memory: PeakMemory | None = None  # of its rank, measured; None while stages are being chosen
+    sends: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sends", tuple((int(stage), float(seconds)) for stage, seconds in self.sends))
+
+    def seconds_to(self, stage: int) -> float:
+        """Seconds of a transfer to a later stage, or of its gradients back."""
+        return dict(self.sends).get(stage, 0.0)
 
     @property
     def seconds(self) -> float:
@@ -52,6 +66,9 @@ class StageCost:
 
     @property
     def peak_bytes(self) -> float:
+        """The most that a rank of this stage holds, with all its stages."""
+        if self.memory is not None:
+            return float(self.memory.peak_bytes)
         return self.state_bytes + self.saved_bytes * self.in_flight
 
 
@@ -156,7 +173,7 @@ class _Search:
         if index == len(self.points) - 1:
             return 0.0
         place, hardware = self.points[index], self.pricing.hardware
-        num_ranks = self.num_stages * max(self.axis_sizes.values(), default=1)
+        num_ranks = math.prod({"pp": self.num_stages, **self.axis_sizes}.values())
         link = hardware.inside if num_ranks <= hardware.devices_per_node else hardware.across
         messages = max(self.line.num_crossing[place] - 1, 0) * link.latency_seconds  # each further value is one more
         return 2 * (
@@ -193,52 +210,85 @@ class _Search:
 def cut(
     module: fx.GraphModule, num_stages: int, *, pricing: Pricing, axis_sizes: Mapping[str, int],
     in_flight: InFlight = lambda stage, num_stages: num_stages - stage, forced: Sequence[str] | Held | None = None,
+    step_times: StepTimes | None = None,
 ) -> CutPlan:  # fmt: skip
     """Assign every parametric node to a stage. TooManyStages if there are not enough places to cut.
 
     `in_flight(stage, num_stages)`: microbatches whose activations a stage holds at once. `forced`: module paths, each cut falling right
-    before the first call of its path; or for each parameter the stages that hold it, as in an earlier plan of the model.
+    before the first call of its path; or for each parameter the stages that hold it, as in an earlier plan of the model. `step_times`:
+    of the schedule that the stages are for; None: they are cut for the least maximum stage time.
     """
     line = Line(module, pricing, axis_sizes)
     if not line.nodes:
         raise TooManyStages("the model has no calls that depend on parameters: there is nothing to cut or to train")
+    if step_times is not None:
+        assert step_times.num_stages == num_stages
 
     def search(places: Sequence[int]) -> _Search:
         return _Search(line, [0, *places, len(line.nodes)], num_stages, pricing, axis_sizes, in_flight)
 
+    def objective(points: Sequence[int]) -> Objective:
+        return Objective(
+            line, points, num_stages, hardware=pricing.hardware, axis_sizes=axis_sizes, in_flight=in_flight, step_times=step_times
+        )
+
+    notes: list[str] = []
     if forced:
-        best = search(
+        places = (
             _held_places(line, forced, num_stages)
             if isinstance(forced, Mapping)
             else _forced_places(line, forced, num_stages)
         )
+        chosen = _Chosen(objective([0, *places, len(line.nodes)]), list(range(num_stages + 1)))
     else:
-        best = _best(line, num_stages, search)
-    ends = best.ends()
-    places = [best.points[k] for k in ends]
-    stage_of = {node: stage for stage in range(num_stages) for node in line.nodes[places[stage] : places[stage + 1]]}
-    costs = tuple(
-        _stage_cost(line, places, stage, float(best.sends[ends[stage + 1]]), in_flight(stage, num_stages))
-        for stage in range(num_stages)
-    )
-    capacity = pricing.hardware.memory_bytes / 2**30
-    notes = (
-        []
-        if best.fits
-        else [
-            f"no cut into {num_stages} stages fits {capacity:.0f} GiB a device: the stages are balanced by time alone"
-        ]
-    )
-    if not forced:
+        chosen, plain = _best(line, num_stages, search, objective)
         explained = min(num_stages - 1, MOST_EXPLAINED)
-        notes += [_why(best, ends, stage) for stage in range(explained)]
+        notes += _better_than(chosen, plain)
+        notes += [_why(line, chosen, stage) for stage in range(explained)]
         notes += [f"the other {num_stages - 1 - explained} boundaries likewise"] if explained < num_stages - 1 else []
+    if chosen.excess_bytes > 0:
+        capacity = pricing.hardware.memory_bytes / 2**30
+        notes.insert(
+            0, f"no cut into {num_stages} stages fits {capacity:.0f} GiB a device: this one takes {_bytes_text(chosen.excess_bytes)} more"
+        )
+    places = chosen.places
+    stage_of = {node: stage for stage in range(num_stages) for node in line.nodes[places[stage] : places[stage + 1]]}
+    transfers = chosen.objective.transfers(torch.tensor([chosen.ends]))[1][0].tolist()
+    costs = tuple(
+        _stage_cost(line, places, stage, transfers[stage], in_flight(stage, num_stages)) for stage in range(num_stages)
+    )
     boundaries = tuple(str(origin(line.first_own(place))) for place in places[1:-1])
     return CutPlan(stage_of, costs, boundaries, tuple(notes))
 
 
-def _best(line: Line, num_stages: int, search: Callable[[Sequence[int]], _Search]) -> _Search:
-    """The search over clean places if it does about as well as the one over all candidates, else that one."""
+@dataclass
+class _Chosen:
+    """A cut of an objective's places, judged."""
+
+    objective: Objective
+    ends: list[int]
+    excess_bytes: float = field(init=False)
+    step_seconds: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        judged = self.objective.judge(torch.tensor([self.ends]))
+        self.excess_bytes, self.step_seconds = float(judged.excess_bytes[0]), float(judged.step_seconds[0])
+
+    @property
+    def places(self) -> list[int]:
+        return [self.objective.points[end] for end in self.ends]
+
+    def no_worse(self, other: _Chosen, slack: float = 1.0) -> bool:
+        """Exceeds the device by no more than the other, and is at most `slack` times as slow."""
+        return self.excess_bytes <= other.excess_bytes and (
+            self.excess_bytes < other.excess_bytes or self.step_seconds <= slack * other.step_seconds
+        )
+
+
+def _best(
+    line: Line, num_stages: int, search: Callable[[Sequence[int]], _Search], objective: Callable[[Sequence[int]], Objective]
+) -> tuple[_Chosen, _Chosen]:
+    """The best cut found; and what the dynamic programme alone would have taken."""
     candidates = _candidates(line)
     if len(candidates) < num_stages - 1:
         candidates = [place for place in range(1, len(line.nodes)) if line.crossing[place] < NEVER]
@@ -250,21 +300,34 @@ def _best(line: Line, num_stages: int, search: Callable[[Sequence[int]], _Search
     clean = _thinned(line, _clean(line, candidates, 0.5 / num_stages))
     worth_it = _clean(line, candidates, 0.05 / num_stages)
     anywhere = search(_thinned(line, worth_it if len(worth_it) >= num_stages - 1 else candidates))
+    plain = _Chosen(objective(anywhere.points), anywhere.ends())
+    best = _improved(plain)
     if len(clean) >= num_stages - 1:
         between = search(clean)
+        start = _Chosen(objective(between.points), between.ends())
         if between.bottleneck <= CLEAN_SLACK * anywhere.bottleneck and between.fits == anywhere.fits:
-            return between
-    return anywhere
+            plain = start
+        cleaner = _improved(start)
+        if cleaner.no_worse(best, CLEAN_SLACK) and cleaner.no_worse(plain):
+            best = cleaner
+    return best, plain
 
 
-def _stage_cost(line: Line, places: Sequence[int], stage: int, sends: float, in_flight: int) -> StageCost:
+def _improved(start: _Chosen) -> _Chosen:
+    if start.objective.step_times is None:
+        return start
+    return _Chosen(start.objective, start.objective.improved(start.ends))
+
+
+def _stage_cost(line: Line, places: Sequence[int], stage: int, sends: Sequence[float], in_flight: int) -> StageCost:
     start, end = places[stage], places[stage + 1]
     costs = line.costs[start:end]
     count = line.parameters_between(start, end)
     return StageCost(
         sum(cost.forward_seconds for cost in costs), sum(cost.backward_seconds for cost in costs),
         sum(cost.collective_seconds for cost in costs),
-        sends, count, float(training_state_bytes(count)), sum(cost.saved_bytes for cost in costs), in_flight,
+        2 * sum(sends), count, float(training_state_bytes(count)), sum(cost.saved_bytes for cost in costs), in_flight,
+        sends=tuple((to, seconds) for to, seconds in enumerate(sends) if seconds),
     )  # fmt: skip
 
 
@@ -319,20 +382,46 @@ def _bytes_text(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def _why(search: _Search, ends: Sequence[int], stage: int) -> str:
-    """Why a boundary is where it is: what moving it to the neighbouring places would do to the two stages it separates."""
-    line, place = search.line, ends[stage + 1]
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g} ms"
 
-    def slower(at: int) -> float:
-        return max(float(search.seconds[ends[stage], at]), float(search.seconds[at, ends[stage + 2]]))
 
-    other = [
-        f"{direction} {slower(neighbour) * 1e3:.3g} ms"
-        for neighbour, direction in ((place - 1, "one place earlier"), (place + 1, "one place later"))
-        if ends[stage] < neighbour < ends[stage + 2]
+def _why(line: Line, chosen: _Chosen, stage: int) -> str:
+    """Why a boundary is where it is: what moving it to the neighbouring places would do to the step, and to what is sent."""
+    objective, ends = chosen.objective, chosen.ends
+    sent = objective.transfers(torch.tensor([ends]))[0][0].sum()
+
+    def moved(step: int, words: str) -> list[str]:
+        place = ends[stage + 1] + step
+        if not ends[stage] < place < ends[stage + 2]:
+            return []
+        row = torch.tensor([[*ends[: stage + 1], place, *ends[stage + 2 :]]])
+        judged = objective.judge(row)
+        more = float(objective.transfers(row)[0][0].sum() - sent)
+        memory = ", beyond the device's memory" if float(judged.excess_bytes[0]) > chosen.excess_bytes else ""
+        bytes_text = f", {_bytes_text(abs(more))} {'more' if more > 0 else 'less'}" if more else ""
+        label = _label(line, objective.points[place])
+        return [f"{words}, at {label}: {_milliseconds(float(judged.step_seconds[0]))}{bytes_text}{memory}"]
+
+    place = objective.points[ends[stage + 1]]
+    what = "a step" if objective.step_times else "the slowest stage"
+    others = [*moved(-1, "one place earlier"), *moved(1, "one place later")]
+    text = f"stage {stage + 1} begins at {_label(line, place)}: {_bytes_text(line.crossing[place])} cross; "
+    return text + f"{what} takes {_milliseconds(chosen.step_seconds)}" + (f" ({'; '.join(others)})" if others else "")
+
+
+def _label(line: Line, place: int) -> str:
+    first = line.first_own(place)
+    return origin(first).path or origin(first).source or first.name
+
+
+def _better_than(chosen: _Chosen, plain: _Chosen) -> list[str]:
+    """Where stages of equal time are not the quickest: what they would take."""
+    if plain.places == chosen.places or plain.step_seconds <= chosen.step_seconds * 1.001:
+        return []
+    begins = [_label(chosen.objective.line, place) for place in plain.places[1:-1][:MOST_EXPLAINED]]
+    more = ", ..." if len(plain.places) - 2 > MOST_EXPLAINED else ""
+    return [
+        f"cut for the step, {_milliseconds(chosen.step_seconds)}; the least maximum stage time alone would begin stages at "
+        f"{', '.join(begins)}{more} and take {_milliseconds(plain.step_seconds)}"
     ]
-    first = line.first_own(search.points[place])
-    label = origin(first).path or origin(first).source or first.name
-    sent = _bytes_text(line.crossing[search.points[place]])
-    text = f"stage {stage + 1} begins at {label}: {sent} cross; the slower side takes {slower(place) * 1e3:.3g} ms"
-    return text + (f" ({', '.join(other)})" if other else "")

@@ -7,7 +7,11 @@ control flow, so that whoever reads the list knows what will run.
 
 A transfer instruction moves all tensors of one microbatch that go from this stage to one other. Its peer is a stage,
 not a rank: tensor and data parallel ranks of a stage have the same list. `chunk` says which of the rank's stages
-computes, for schedules with several stages per rank; it is 0, and not printed, for all others.
+computes, sends or receives, counted in the order of the stages, for schedules with several stages per rank; it is 0,
+and not printed, for all others. Between two stages of one rank there is no transfer: values are handed over in place.
+
+A backward is one instruction, or two for schedules that fill bubbles with the weight gradients, which no other stage
+waits for: BackwardInput, whose result is sent on, and BackwardWeight at any later time.
 """
 
 from __future__ import annotations
@@ -56,6 +60,25 @@ class Backward(_Printed):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
+class BackwardInput(_Printed):
+    """Run the stage's backward on one microbatch as far as the gradients of what the stage received.
+
+    What the deferred weight gradients need is kept until BackwardWeight; everything else is freed.
+    """
+
+    microbatch: int
+    chunk: int = 0
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class BackwardWeight(_Printed):
+    """Add the weight gradients that BackwardInput deferred for this microbatch, free what was kept for them."""
+
+    microbatch: int
+    chunk: int = 0
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class SendActivation(_Printed):
     """Send the tensors of one microbatch that stage `to` receives from this stage."""
 
@@ -96,11 +119,11 @@ class SumGradients(_Printed):
     """End of the step: sum the gradients that ranks hold parts of (tied weights over stages, partial ones over tp)."""
 
 
-Compute = Forward | Backward
+Compute = Forward | Backward | BackwardInput | BackwardWeight
 Send = SendActivation | SendGradient
 Recv = RecvActivation | RecvGradient
 Transfer = SendActivation | RecvActivation | SendGradient | RecvGradient
-Instruction = Forward | Backward | SendActivation | RecvActivation | SendGradient | RecvGradient | SumGradients
+Instruction = Compute | Transfer | SumGradients
 
 _CLASSES: dict[str, type[Instruction]] = {cls.__name__: cls for cls in get_args(Instruction)}
 

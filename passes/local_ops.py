@@ -2,7 +2,8 @@
 entropy is split, or
 the channels of a batch norm.
 
-Each is the `local=` rewrite of one rule. They talk to an `Axis` and are called by emitted programs.
+Each is the `local=` rewrite of one rule. They talk to an `Axis` and are called by emitted programs. `size` is the true size
+of the split dim where the axis does not divide it; `pad_shard` is how every other op reads such a parameter.
 """
 
 from __future__ import annotations
@@ -12,8 +13,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from passes.placement import Shard, local_shard, whole_tensor
-from passes.reshard import Axis
+from passes.placement import Shard, held, in_units, local_shard, pad_piece, piece_sizes, together, whole_tensor
+from passes.reshard import Axis, Segments
+
+
+def pad_shard(
+    shard: torch.Tensor, axis: Axis, *, dim: int, size: int, segments: Segments = 1, unit: Segments = 1
+) -> torch.Tensor:
+    """A parameter's shard with zeros behind it, as long as every other rank's; the shard itself where nothing is missing.
+
+    The parameter's dim of `size` is split in `segments` whose `unit`s stay together. The gradient of the zeros is dropped.
+    """
+    segments, unit = (tuple(given) if isinstance(given, (list, tuple)) else given for given in (segments, unit))
+    split = in_units(dim, size, segments, unit, axis_size=axis.size)
+    return pad_piece(shard, split, size, axis_size=axis.size, coord=axis.coord)
+
+
+def _valid(axis: Axis, size: int) -> tuple[int, int]:
+    """(first, how many) of the entries of a split dim of `size` that this rank has."""
+    (piece,) = piece_sizes([size], Shard(0), axis.size)
+    return axis.coord * piece, held([size], [piece], axis.coord)[0]
 
 
 def _require_in_range(indices: torch.Tensor, count: int, ignored: int | None = None) -> None:
@@ -23,23 +42,27 @@ def _require_in_range(indices: torch.Tensor, count: int, ignored: int | None = N
 
 
 def sharded_embedding(
-    weight: torch.Tensor, indices: torch.Tensor, axis: Axis, *, padding_idx: int = -1
+    weight: torch.Tensor, indices: torch.Tensor, axis: Axis, *, padding_idx: int = -1, size: int | None = None
 ) -> torch.Tensor:
     """Rows of a table whose dim 0 is split over `axis`: this rank's summand of the result, zero where another rank
     has the row.
 
-    `padding_idx` is the row of the whole table that gets no gradient (-1: none).
+    `padding_idx` is the row of the whole table that gets no gradient (-1: none). `size`: how many rows the whole table has, where
+    that is not as many on each rank; `weight` then has this rank's rows, with or without padding behind them.
     """
-    _require_in_range(indices, weight.shape[0] * axis.size)
-    first = axis.coord * weight.shape[0]
+    size = weight.shape[0] * axis.size if size is None else size
+    _require_in_range(indices, size)
+    first, count = _valid(axis, size)
     local = indices - first
-    elsewhere = (local < 0) | (local >= weight.shape[0])
+    elsewhere = (local < 0) | (local >= count)
     if padding_idx >= 0:
         # that row's value is wanted but its gradient is not; which row it is differs per shard
         mine = padding_idx - first
-        keep = mine if 0 <= mine < weight.shape[0] else None
+        keep = mine if 0 <= mine < count else None
     else:
         keep = None
+    if weight.shape[0] == 0:  # a row to look up where the rank has none
+        weight = together([weight], [1], 0)
     rows = F.embedding(local.masked_fill(elsewhere, 0), weight)
     if keep is not None:
         rows = torch.where((local == keep).unsqueeze(-1), rows.detach(), rows)
@@ -77,18 +100,24 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         reduction: int,
         ignore_index: int,
         label_smoothing: float,
+        size: int | None,
     ) -> torch.Tensor:
         dim = 1 if logits.ndim > 1 else 0
-        num_local, num_classes = logits.shape[dim], logits.shape[dim] * axis.size
+        ctx.padded_to = logits.shape[dim]
+        num_classes = logits.shape[dim] * axis.size if size is None else size
+        first, num_local = _valid(axis, num_classes)
+        logits = logits.narrow(dim, 0, max(num_local, 1))
+        if num_local == 0:  # none of the classes are this rank's: one that is impossible
+            logits = torch.full_like(logits, float("-inf"))
         _require_in_range(target, num_classes, ignore_index)
         largest = axis.all_reduce(logits.amax(dim).contiguous(), "max")
         shifted = logits - largest.unsqueeze(dim)
         exponentials = shifted.exp()
-        local = target - axis.coord * num_local
+        local = target - first
         elsewhere = (local < 0) | (local >= num_local)
         local = local.masked_fill(elsewhere, 0).unsqueeze(dim)
         predicted = shifted.gather(dim, local).squeeze(dim).masked_fill(elsewhere, 0.0)
-        sums = [exponentials.sum(dim), predicted] + ([shifted.sum(dim)] if label_smoothing else [])
+        sums = [exponentials.sum(dim), predicted] + ([shifted.narrow(dim, 0, num_local).sum(dim)] if label_smoothing else [])
         total, predicted, *rest = axis.all_reduce(torch.stack(sums)).unbind(0)
         log_total = total.log()
         losses = log_total - predicted
@@ -98,6 +127,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         losses = losses.masked_fill(ignored, 0.0)
         count = (~ignored).sum().to(logits.dtype)
         ctx.save_for_backward(exponentials.div_(total.unsqueeze(dim)), local, elsewhere, ignored, count)
+        ctx.num_local = num_local
         ctx.dim, ctx.reduction, ctx.label_smoothing, ctx.num_classes = dim, reduction, label_smoothing, num_classes
         if reduction == 0:
             return losses
@@ -114,7 +144,9 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         grad.scatter_add_(dim, local, -one_hot.masked_fill(elsewhere.unsqueeze(dim), 0.0))
         if smoothing:
             grad -= scale * (smoothing / ctx.num_classes)
-        return grad, None, None, None, None, None
+        if ctx.num_local != ctx.padded_to:
+            grad = together([grad.narrow(dim, 0, ctx.num_local)], [ctx.padded_to], dim)
+        return grad, None, None, None, None, None, None
 
 
 def sharded_cross_entropy(
@@ -125,11 +157,13 @@ def sharded_cross_entropy(
     reduction: int = 1,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    size: int | None = None,
 ) -> torch.Tensor:
     """Cross entropy of logits whose class dim is split over `axis`, without ever gathering them; the same result on
     every rank.
 
     logits f[N, C/axis, ...], target i64[N, ...]. Two all_reduces of [N] values: the largest logit, then the sums.
-    `reduction` is ATen's: 0 none, 1 mean over the targets that are not ignored, 2 sum.
+    `reduction` is ATen's: 0 none, 1 mean over the targets that are not ignored, 2 sum. `size`: how many classes there are, where the
+    last ranks' logits are padded; what stands there counts for nothing.
     """
-    return _ShardedCrossEntropy.apply(logits, target, axis, reduction, ignore_index, label_smoothing)
+    return _ShardedCrossEntropy.apply(logits, target, axis, reduction, ignore_index, label_smoothing, size)

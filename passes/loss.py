@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import sympy
@@ -28,9 +29,10 @@ from passes.shard import computed_once
 
 aten = torch.ops.aten
 
-_PASS_THROUGH = {
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default}
+_PASS_THROUGH = _CASTS | {
     aten.neg.default, aten.view.default, aten.reshape.default, aten.squeeze.default, aten.squeeze.dim, aten.unsqueeze.default,
-    aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.clone.default, aten.alias.default, aten.contiguous.default,
+    aten.clone.default, aten.alias.default, aten.contiguous.default,
 }  # fmt: skip
 _ADDITIONS = {aten.add.Tensor, aten.sub.Tensor}
 _SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
@@ -85,6 +87,7 @@ def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
     copies[loss].meta["loss"] = True
     meeting = dict.fromkeys(str(origin(node)) or str(node.target) for node in where_rows_meet(walk.ends, walk.weighed))
     shares = [_insert_share(graph, term.node, index) for index, term in enumerate(walk.terms)]
+    _retype(graph, set(shares))
     if any(term.node is copies[loss] for term in walk.terms):
         copies[loss].meta.pop("loss")
         shares[[term.node for term in walk.terms].index(copies[loss])].meta["loss"] = True
@@ -92,6 +95,15 @@ def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
     graph.lint()
     copied.recompile()
     return WeightedLoss(copied, weights, len(shares), tuple(walk.notes), tuple(meeting))
+
+
+def every_term_weighed(loss: fx.Node) -> bool:
+    """True if each term of a loss that `weigh_loss` gave is multiplied by a share: none is a sum over the batch."""
+    if any(isinstance(arg, fx.Node) and "loss_share" in arg.meta for arg in loss.args):
+        return True
+    inner = [arg for arg in loss.args if isinstance(arg, fx.Node) and arg.meta.get("trainable")]
+    linear = loss.target in _PASS_THROUGH | _ADDITIONS | _SCALINGS
+    return linear and bool(inner) and all(map(every_term_weighed, inner))
 
 
 def _insert_share(graph: fx.Graph, term: fx.Node, index: int) -> fx.Node:
@@ -106,6 +118,21 @@ def _insert_share(graph: fx.Graph, term: fx.Node, index: int) -> fx.Node:
     scaled.meta = {"tensor": kind, "trainable": term.meta.get("trainable", False), "origin": origin(term)}
     term.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
     return scaled
+
+
+def _retype(graph: fx.Graph, changed: set[fx.Node]) -> None:
+    """The dtypes of weighed terms and of what adds them up: a share is f32, so bf16 scalars become f32 until a cast."""
+    for node in graph.nodes:
+        if node not in changed and (node.target in _CASTS or changed.isdisjoint(node.all_input_nodes)):
+            continue
+        kind = tensor_type(node)
+        kinds = [arg for arg in map(tensor_type, node.all_input_nodes) if arg is not None]
+        if kind is None or not kind.is_floating or any(arg.shape for arg in kinds):
+            continue  # scalars do not change the dtype of what has dims
+        dtype = reduce(torch.promote_types, (arg.dtype for arg in kinds))
+        if dtype != kind.dtype:
+            node.meta["tensor"] = TensorType(dtype, kind.shape)
+            changed.add(node)
 
 
 class _Walk:

@@ -72,7 +72,7 @@ class Overrides:
             if not -len(kind.shape) <= wanted < len(kind.shape):
                 raise BadArgument(f"{name} has no dim {wanted}: its shape is {tuple(kind.shape)}")
             return Shard(wanted % len(kind.shape))
-        shape, sharding = parse_notation(wanted, tuple(mesh))
+        shape, sharding = parse_notation(wanted, mesh)
         if shape != kind.shape:
             raise BadArgument(f"the placement {wanted!r} is of shape {tuple(shape)}, and {name} is {tuple(kind.shape)}")
         other = sorted(set(sharding) - {"tp"})

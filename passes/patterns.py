@@ -233,6 +233,18 @@ def whole_dims(*positions: int, name: str = "dim", at: int = 1, default: Any = -
     return pattern
 
 
+def sliced(call: Call) -> Text:
+    """The sliced dim stays whole, unless it is every n-th entry of all: the dim is then made of n entries each."""
+    dim, step = call.argument(1, "dim", 0) % call.rank(), call.argument(4, "step", 1)
+    size, start, stop = call.inputs[0].shape[dim], call.argument(2, "start", None) or 0, call.argument(3, "end", None)
+    numbers = isinstance(size, int) and all(isinstance(n, int) for n in (start, size if stop is None else stop, step))
+    if numbers and step > 1 and size % step == 0 and 0 <= start < step and (stop is None or stop >= size):
+        names = dim_names(call.rank())
+        left = [f"({name} [step])" if k == dim else name for k, name in enumerate(names)]
+        return f"{' '.join(left)} -> {' '.join(names)}", (("step", step),)
+    return whole_dims(at=1, default=0, resized=True)(call)
+
+
 def pad(call: Call) -> str:
     """Padded dims stay whole; `pad` counts from the last dim, two numbers each."""
     before_after = call.args[1]
@@ -325,13 +337,13 @@ def one_hot(call: Call) -> str:
 # -----------------------------------------------------------------------------------------------------------
 
 
-def reduce(at: int = 1, name: str = "dim") -> Callable[[Call], str]:
+def reduce(at: int = 1, name: str = "dim", default: Any = None) -> Callable[[Call], str]:
     """The dims in the argument at position `at` are looked across and vanish (size 1 where they are kept); None or ()
     means all."""
 
     def pattern(call: Call) -> str:
         rank = call.rank()
-        given = call.argument(at, name, None) if at >= 0 else None
+        given = call.argument(at, name, default) if at >= 0 else None
         reduced = _dims(given, rank)
         keep = len(call.outputs[0].shape) == rank and bool(reduced)
         names = dim_names(rank)
@@ -352,10 +364,25 @@ def layer_norm(call: Call) -> str:
     return ", ".join([f"... {normalized}"] + [normalized] * (len(call.inputs) - 1)) + f" -> ... {normalized}"
 
 
-def group_norm(call: Call) -> str:
-    """Channels and space stay whole."""
-    rest = " ".join(f"[d{k}]" for k in range(1, call.rank()))
-    return ", ".join([f"n {rest}"] + ["[d1]"] * (len(call.inputs) - 1)) + f" -> n {rest}"
+def layer_norm_with_statistics(call: Call) -> str:
+    """The same with mean and reciprocal deviation of each row."""
+    row = " ".join("1" for _ in call.args[1])
+    return f"{layer_norm(call)}, ... {row}, ... {row}"
+
+
+def channels(call: Call) -> str:
+    """Rows and channels are free: each channel is treated as one."""
+    names = dim_names(call.rank())
+    text = _bracketed(names, set(range(2, call.rank())))
+    return f"{text} -> {text}"
+
+
+def group_norm(call: Call) -> Text:
+    """Whole groups of channels may be split; space stays whole."""
+    space = " ".join(f"[d{k}]" for k in range(2, call.rank()))
+    channels = "(g [c])"
+    text = ", ".join([f"n {channels} {space}"] + [channels] * (len(call.inputs) - 1)) + f" -> n {channels} {space}"
+    return text, (("g", call.argument(1, "num_groups")),)
 
 
 def batch_norm(call: Call) -> str:

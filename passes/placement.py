@@ -16,12 +16,24 @@ that is owed is paid where `Replicate` turns into `Copied` (per microbatch), or 
 
 Fused dims. A dim made of several blocks (q, k and v in one projection) must be split inside each block. `Shard.segments` says how:
 an int (or a size expression) is a number of equal blocks, a tuple gives the blocks' own sizes. Each block is cut in `axis_size`
-equal pieces and a rank holds its piece of every block. `Shard.unit` is the finest block that stays together (a head); it is only
-there to be printed: `(3 12/tp 64) 768` is dim 0 of 2304 rows = 3 blocks of 12 heads of 64, the heads split over tp.
+equal pieces and a rank holds its piece of every block. `Shard.unit` is the finest block that stays together (a head):
+`(3 12/tp 64) 768` is dim 0 of 2304 rows = 3 blocks of 12 heads of 64, the heads split over tp.
+
+Dims that the axis does not divide. A block of n units over p ranks is cut in pieces of ceil(n / p) units: 18 rows over 4 ranks are
+5, 5, 5 and 3, and 6 heads are 2, 2, 2 and 0 (`18/tp`, `(6/tp 8)`). What such a split means depends on who holds it:
+
+- a parameter holds its true rows, so that optimizers, norms and state dicts never see padding; a rank may hold none (torch's DTensor
+  cuts likewise);
+- a value in a program has the full piece on every rank: behind the true entries is padding. All ranks then run the same text.
+
+Two things are true of padding, and every op rule that runs on a padded dim keeps them: its entries are finite, and the gradient that
+comes back to them is zero (`passes.rules`). `Shard.piece` is the length of a rank's piece of a block where whole units make it another
+than ceil(block / p), else 0, so that two splits are equal exactly if they lay a dim out alike. Symbolic sizes have to be divided.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,15 +63,17 @@ class Partial:
 
 @dataclass(frozen=True)
 class Shard:
-    """Split along `dim`: each of the `segments` blocks in equal pieces, one a rank."""
+    """Split along `dim`: each of the `segments` blocks in pieces of whole units, one a rank. `piece`: 0, or a padded piece's length."""
 
     dim: int
     segments: Size | tuple[int, ...] = 1
-    unit: int = field(default=1, compare=False)
+    unit: int | tuple[int, ...] = field(default=1, compare=False)
+    piece: int | tuple[int, ...] = 0
 
 
 Placement = Replicate | Copied | Partial | Shard
 REPLICATE, COPIED, PARTIAL = Replicate(), Copied(), Partial()
+Axes = Sequence[str] | Mapping[str, int]  # names of mesh axes, with or without their sizes
 Sharding = Mapping[str, Placement]  # mesh axis -> placement; an axis that is not named is Replicate
 
 
@@ -87,11 +101,99 @@ def divides(size: Size, segments: Size | tuple[int, ...], axis_size: int) -> boo
     return int(block) % axis_size == 0 if block.is_Integer else bool(block.is_integer)
 
 
+# ---- pieces -------------------------------------------------------------------------------------------------------
+
+
+def ceil_div(number: int, by: int) -> int:
+    """number / by, rounded up."""
+    return -(-number // by)
+
+
+def per_block(given: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """One number a block."""
+    return given if isinstance(given, tuple) else (given,) * count
+
+
+def alike(numbers: Sequence[int]) -> int | tuple[int, ...]:
+    """One number if all are the same."""
+    return numbers[0] if len(set(numbers)) == 1 else tuple(numbers)
+
+
+def settled(
+    blocks: Sequence[int], pieces: Sequence[int], units: Sequence[int], axis_size: int
+) -> tuple[int | tuple[int, ...], int | tuple[int, ...]] | None:
+    """(unit, piece) as a `Shard` holds them for pieces of these lengths; None if they are not the pieces of these units."""
+    plain = [ceil_div(block, axis_size) for block in blocks]
+    fits = all(
+        block % unit == 0 and ceil_div(block // unit, axis_size) * unit == piece
+        for block, piece, unit in zip(blocks, pieces, units, strict=True)
+    )
+    if not fits:
+        return (1, 0) if list(pieces) == plain else None
+    return alike(units), 0 if list(pieces) == plain else alike(pieces)
+
+
+def in_units(
+    dim: int, size: int, segments: int | tuple[int, ...] = 1, unit: int | tuple[int, ...] = 1, *, axis_size: int
+) -> Shard:
+    """The split of a dim of `size` in which units stay together, padded where the axis does not divide them."""
+    blocks = segment_sizes(size, segments)
+    assert blocks is not None
+    units = per_block(unit, len(blocks))
+    numbers = [int(block) for block in blocks]
+    if any(block % one for block, one in zip(numbers, units, strict=True)):
+        units = (1,) * len(blocks)
+    pieces = [ceil_div(block // one, axis_size) * one for block, one in zip(numbers, units, strict=True)]
+    found = settled(numbers, pieces, units, axis_size)
+    assert found is not None
+    return Shard(dim, segments, *found)
+
+
+def piece_sizes(blocks: Sequence[int], placement: Shard, axis_size: int) -> tuple[int, ...]:
+    """How long a rank's piece of each block is, padding included."""
+    if placement.piece:
+        return per_block(placement.piece, len(blocks))
+    units = per_block(placement.unit, len(blocks))
+    return tuple(
+        ceil_div(block // unit, axis_size) * unit if block % unit == 0 else ceil_div(block, axis_size)
+        for block, unit in zip(blocks, units, strict=True)
+    )
+
+
+def is_padded(size: Size, placement: Placement, axis_size: int) -> bool:
+    """True if some rank's piece of a dim of `size` has padding in it."""
+    if not isinstance(placement, Shard) or axis_size == 1 or not isinstance(size, int):
+        return False
+    blocks = segment_sizes(size, placement.segments)
+    if blocks is None:
+        return False
+    numbers = [int(block) for block in blocks]
+    pieces = piece_sizes(numbers, placement, axis_size)
+    return any(piece * axis_size != block for block, piece in zip(numbers, pieces, strict=True))
+
+
+def can_be_padded(size: Size, placement: Shard, axis_size: int) -> bool:
+    """True if a dim of `size` may be split so: two ranks have a part of it, and at most half of what all hold is padding."""
+    segments = placement.segments
+    if not isinstance(size, int) or axis_size == 1 or isinstance(segments, sympy.Expr):
+        return False
+    if sum(segments) != size if isinstance(segments, tuple) else size % segments:
+        return False
+    blocks = segments if isinstance(segments, tuple) else (size // segments,)
+    pieces = piece_sizes(blocks, placement, axis_size)
+    return all(0 < piece < block and piece * axis_size <= 2 * block for block, piece in zip(blocks, pieces, strict=True))
+
+
 def local_size(size: Size, placement: Placement, dim: int, axis_size: int) -> Size:
-    """Size of `dim` on one rank."""
-    if isinstance(placement, Shard) and placement.dim == dim:
-        return size // axis_size if isinstance(size, int) else sympy.sympify(size) / axis_size
-    return size
+    """Size of `dim` on one rank, padding included."""
+    if not isinstance(placement, Shard) or placement.dim != dim:
+        return size
+    if is_padded(size, placement, axis_size):
+        assert isinstance(size, int)
+        blocks = segment_sizes(size, placement.segments)
+        assert blocks is not None
+        return sum(piece_sizes([int(block) for block in blocks], placement, axis_size))
+    return size // axis_size if isinstance(size, int) else sympy.sympify(size) / axis_size
 
 
 def local_type(value: TensorType, sharding: Sharding, axis_sizes: Mapping[str, int]) -> TensorType:
@@ -106,33 +208,79 @@ def local_type(value: TensorType, sharding: Sharding, axis_sizes: Mapping[str, i
 # ---- real tensors -------------------------------------------------------------------------------------------------
 
 
-def local_shard(tensor: torch.Tensor, placement: Placement, *, axis_size: int, coord: int) -> torch.Tensor:
+def _blocks(size: int, placement: Shard) -> list[int]:
+    blocks = segment_sizes(size, placement.segments)
+    if blocks is None or sum(blocks) != size:
+        raise UnevenShard(f"cannot split a dim of {size} in blocks {placement.segments}")
+    return [int(block) for block in blocks]
+
+
+def held(blocks: Sequence[int], pieces: Sequence[int], coord: int) -> list[int]:
+    """How many true entries of each block rank `coord` has."""
+    return [min(max(block - coord * piece, 0), piece) for block, piece in zip(blocks, pieces, strict=True)]
+
+
+def local_shard(
+    tensor: torch.Tensor, placement: Placement, *, axis_size: int, coord: int, padded: bool = False
+) -> torch.Tensor:
     """The piece of `tensor` that rank `coord` of `axis_size` holds; the tensor itself where it is whole. Views where possible.
 
-    UnevenShard if a block of the dim is not divisible by `axis_size`.
+    A dim that the axis does not divide: the true entries, perhaps none; with `padded` zeros behind them, up to the length that the
+    piece has on every rank. UnevenShard if the dim is not made of the placement's blocks.
     """
     if not isinstance(placement, Shard) or axis_size == 1:
         return tensor
-    size = tensor.shape[placement.dim]
-    blocks = segment_sizes(size, placement.segments)
-    if blocks is None or not divides(size, placement.segments, axis_size):
-        raise UnevenShard(
-            f"cannot split dim {placement.dim} of {tuple(tensor.shape)} in blocks {placement.segments} over {axis_size} ranks"
-        )
-    pieces = [block.chunk(axis_size, placement.dim)[coord] for block in tensor.split(list(blocks), placement.dim)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, placement.dim)
+    dim = placement.dim
+    blocks = _blocks(tensor.shape[dim], placement)
+    pieces = piece_sizes(blocks, placement, axis_size)
+    lengths = held(blocks, pieces, coord)
+    parts = [
+        block.narrow(dim, min(coord * piece, block.shape[dim]), length)
+        for block, piece, length in zip(tensor.split(blocks, dim), pieces, lengths, strict=True)
+    ]
+    return together(parts, pieces if padded else lengths, dim)
 
 
-def whole_tensor(pieces: Sequence[torch.Tensor], placement: Placement) -> torch.Tensor:
-    """The inverse of `local_shard`: the whole value from every rank's piece, in order of coords."""
+def pad_piece(piece: torch.Tensor, placement: Shard, size: int, *, axis_size: int, coord: int) -> torch.Tensor:
+    """The true entries that rank `coord` holds of a dim of `size`, with zeros up to the length that the piece has on every rank; itself
+    where nothing is missing."""
+    blocks = _blocks(size, placement)
+    pieces = piece_sizes(blocks, placement, axis_size)
+    lengths = held(blocks, pieces, coord)
+    dim = placement.dim
+    return piece if list(pieces) == lengths else together(piece.split(lengths, dim), pieces, dim)
+
+
+def together(parts: Sequence[torch.Tensor], lengths: Sequence[int], dim: int) -> torch.Tensor:
+    """The parts behind each other, each with zeros behind it up to its length. A single part of that length is itself."""
+    padded = [
+        part if part.shape[dim] == length else _with_zeros(part, length - part.shape[dim], dim)
+        for part, length in zip(parts, lengths, strict=True)
+    ]
+    return padded[0] if len(padded) == 1 else torch.cat(padded, dim)
+
+
+def _with_zeros(part: torch.Tensor, count: int, dim: int) -> torch.Tensor:
+    return torch.nn.functional.pad(part, [0, 0] * (part.ndim - 1 - dim) + [0, count])
+
+
+def whole_tensor(pieces: Sequence[torch.Tensor], placement: Placement, size: int | None = None) -> torch.Tensor:
+    """The inverse of `local_shard`: the whole value from every rank's piece, in order of coords.
+
+    `size` is the dim's true size: needed where the pieces are padded, whose padding is left out.
+    """
     if isinstance(placement, Partial):
         return torch.stack(list(pieces)).sum(0)
     if not isinstance(placement, Shard) or len(pieces) == 1:
         return pieces[0]
     dim, axis_size = placement.dim, len(pieces)
-    blocks = segment_sizes(pieces[0].shape[dim] * axis_size, placement.segments)
-    assert blocks is not None
-    parts = [piece.split([int(block) // axis_size for block in blocks], dim) for piece in pieces]
+    blocks = _blocks(sum(piece.shape[dim] for piece in pieces) if size is None else size, placement)
+    lengths = piece_sizes(blocks, placement, axis_size)
+    parts = []
+    for coord, piece in enumerate(pieces):
+        true = held(blocks, lengths, coord)
+        found = piece.split(list(lengths) if piece.shape[dim] == sum(lengths) else true, dim)
+        parts.append([part.narrow(dim, 0, count) for part, count in zip(found, true, strict=True)])
     return torch.cat([parts[coord][block] for block in range(len(blocks)) for coord in range(axis_size)], dim)
 
 
@@ -143,9 +291,15 @@ def _dim_text(size: Size, axis: str | None, shard: Shard | None) -> str:
     if shard is None or axis is None:
         return _size_text(size)
     if isinstance(shard.segments, tuple):
-        return "(" + " + ".join(f"{block}/{axis}" for block in shard.segments) + ")"
+        units = per_block(shard.unit if shard.piece else 1, len(shard.segments))
+        texts = [
+            f"{block // unit}/{axis}" + (f" {unit}" if unit > 1 else "")
+            for block, unit in zip(shard.segments, units, strict=True)
+        ]
+        return "(" + " + ".join(texts) + ")"
+    assert isinstance(shard.unit, int)
     if shard.segments == 1:
-        return f"{_size_text(size)}/{axis}"
+        return f"({size // shard.unit}/{axis} {shard.unit})" if shard.piece else f"{_size_text(size)}/{axis}"
     block = sympy.sympify(size) / shard.segments
     unit = f" {shard.unit}" if shard.unit > 1 and block != shard.unit else ""
     return f"({_size_text(shard.segments)} {_size_text(block / shard.unit if unit else block)}/{axis}{unit})"
@@ -199,8 +353,14 @@ def parse_size(text: str) -> Size:
     return int(expr) if expr.is_Integer else expr
 
 
-def _parse_dim(text: str, dim: int, axes: Sequence[str]) -> tuple[Size, tuple[str, Shard] | None]:
+def _parse_dim(text: str, dim: int, axes: Axes) -> tuple[Size, tuple[str, Shard] | None]:
     """A dim's whole size and, if it is split, (axis, Shard)."""
+
+    def shard(size: Size, axis: str, segments: Size | tuple[int, ...], unit: int | tuple[int, ...]) -> Shard:
+        known = isinstance(axes, Mapping) and isinstance(size, int) and not isinstance(segments, sympy.Expr)
+        if not known or (isinstance(segments, int) and size % segments):
+            return Shard(dim, segments, unit)
+        return in_units(dim, size, segments, unit, axis_size=axes[axis])
 
     def split_axis(part: str) -> tuple[str, str | None]:
         for axis in axes:
@@ -211,15 +371,19 @@ def _parse_dim(text: str, dim: int, axes: Sequence[str]) -> tuple[Size, tuple[st
     if not (text.startswith("(") and text.endswith(")")) or not any(f"/{axis}" in text for axis in axes):
         size_text, axis = split_axis(text)
         size = parse_size(size_text)
-        return size, ((axis, Shard(dim)) if axis else None)
+        return size, ((axis, shard(size, axis, 1, 1)) if axis else None)
     inner = text[1:-1].strip()
     if " + " in inner:
-        blocks = [split_axis(part.strip()) for part in inner.split(" + ")]
-        sizes = tuple(int(size) for size, _ in blocks)
+        parts = [part.split() for part in inner.split(" + ")]
+        blocks = [split_axis(part[0]) for part in parts]
         axis = blocks[0][1]
         if axis is None or any(other != axis for _, other in blocks):
             raise BadPlan(f"cannot read the dim {text!r}: every block must be split over one axis")
-        return sum(sizes), (axis, Shard(dim, sizes))
+        if not all(number.isdigit() for (size, _), part in zip(blocks, parts, strict=True) for number in (size, *part[1:])):
+            raise BadPlan(f"cannot read the dim {text!r}: its blocks are no numbers")
+        units = tuple(math.prod(map(int, part[1:])) for part in parts)
+        sizes = tuple(int(size) * unit for (size, _), unit in zip(blocks, units, strict=True))
+        return sum(sizes), (axis, shard(sum(sizes), axis, sizes, alike(units)))
     total: Size = 1
     segments: Size = 1
     unit = 1
@@ -236,11 +400,15 @@ def _parse_dim(text: str, dim: int, axes: Sequence[str]) -> tuple[Size, tuple[st
             unit *= size
     if found is None:
         raise BadPlan(f"cannot read the dim {text!r}")
-    return total, (found, Shard(dim, segments, unit))
+    return total, (found, shard(total, found, segments, unit))
 
 
-def parse_notation(text: str, axes: Sequence[str]) -> tuple[tuple[Size, ...], dict[str, Placement]]:
-    """The whole shape and the sharding that `notation` printed. BadPlan if it cannot be read."""
+def parse_notation(text: str, axes: Axes) -> tuple[tuple[Size, ...], dict[str, Placement]]:
+    """The whole shape and the sharding that `notation` printed. BadPlan if it cannot be read.
+
+    `axes`: the names of the mesh's axes; with their sizes (a mapping) the placements compare equal to those of a plan on that mesh
+    also where heads or other units are padded.
+    """
     sharding: dict[str, Placement] = {}
     while match := _SUFFIX.search(text):
         sharding[match[1]] = PARTIAL
@@ -248,7 +416,7 @@ def parse_notation(text: str, axes: Sequence[str]) -> tuple[tuple[Size, ...], di
     return _parse_dims([] if text.strip() == "scalar" else _TOKEN.findall(text), sharding, axes)
 
 
-def parse_type(text: str, axes: Sequence[str]) -> tuple[TensorType, dict[str, Placement]]:
+def parse_type(text: str, axes: Axes) -> tuple[TensorType, dict[str, Placement]]:
     """The whole type and the sharding that `type_text` printed. BadPlan if it cannot be read."""
     match = re.fullmatch(r"\s*(\w+)\[(.*)\]((?:\s*partial\(\w+\))*)\s*", text)
     if match is None or match[1] not in DTYPES:
@@ -271,7 +439,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _parse_dims(
-    dims: Sequence[str], sharding: dict[str, Placement], axes: Sequence[str]
+    dims: Sequence[str], sharding: dict[str, Placement], axes: Axes
 ) -> tuple[tuple[Size, ...], dict[str, Placement]]:
     shape = []
     for dim, part in enumerate(dims):
@@ -286,7 +454,7 @@ def local_shape(
     text: str, sizes: Mapping[str, int], axis_sizes: Mapping[str, int]
 ) -> tuple[torch.dtype, tuple[int, ...]]:
     """dtype and shape of one rank's piece of a value whose type reads `text`, for concrete sizes (`{"B": 8, "T": 128}`)."""
-    value, sharding = parse_type(text, tuple(axis_sizes))
+    value, sharding = parse_type(text, axis_sizes)
     local = local_type(value, sharding, axis_sizes)
     numbers = {size_symbol(name): number for name, number in sizes.items()}
     shape = [size if isinstance(size, int) else size.subs(numbers) for size in local.shape]

@@ -7,6 +7,10 @@ torch.distributed, so this package stays free of process groups.
 
 There is no row that makes a `Partial` out of a whole value: it would only postpone an all_reduce, and move roundings
 about.
+
+Padding (see `passes.placement`): where the axis does not divide a dim, its true `size` is an argument, and `unit` where units of the dim
+stay together. What makes pieces puts zeros behind the true entries, what puts pieces together leaves the padding out; gradients likewise.
+Without `size` a dim that the axis does not divide is an error: a sequence that does not fit, at run time.
 """
 
 from __future__ import annotations
@@ -18,10 +22,24 @@ from typing import Any, Protocol
 import torch
 
 from costmodel.collectives import all_gather_seconds, all_reduce_seconds, all_to_all_seconds, reduce_scatter_seconds
+from costmodel.errors import UnevenShard
 from costmodel.hardware import Hardware, Link
-from passes.placement import Copied, Partial, Placement, Replicate, Shard, is_whole, local_shard, whole_tensor
+from passes.placement import (
+    Copied,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    divides,
+    in_units,
+    is_whole,
+    local_shard,
+    whole_tensor,
+)  # fmt: skip
 
 Segments = int | tuple[int, ...]
+Sizes = tuple[int | None, int | None]
+UNPADDED: Sizes = (None, None)
 
 
 class Axis(Protocol):
@@ -37,26 +55,55 @@ class Axis(Protocol):
     def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor: ...  # [size, *shape] -> [size, *shape]
 
 
-def _gather(x: torch.Tensor, axis: Axis, dim: int, segments: Segments) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Split:
+    """How a dim is split: its placement, and its true size if the pieces are padded."""
+
+    placement: Shard
+    size: int | None = None
+
+    @classmethod
+    def of(cls, axis: Axis, dim: int, segments: Segments, size: int | None, unit: Segments) -> _Split:
+        segments, unit = (tuple(given) if isinstance(given, (list, tuple)) else given for given in (segments, unit))
+        if size is None:
+            return cls(Shard(dim, segments))
+        return cls(in_units(dim, size, segments, unit, axis_size=axis.size), size)
+
+
+def _piece(x: torch.Tensor, axis: Axis, split: _Split, coord: int) -> torch.Tensor:
+    """A rank's piece of a whole tensor. UnevenShard if it would have padding and the split knows of none."""
+    placement = split.placement
+    if split.size is None and not divides(x.shape[placement.dim], placement.segments, axis.size):
+        raise UnevenShard(
+            f"cannot split dim {placement.dim} of {tuple(x.shape)} in blocks {placement.segments} over {axis.size} ranks"
+        )
+    return local_shard(x, placement, axis_size=axis.size, coord=coord, padded=True)
+
+
+def _pieces(x: torch.Tensor, axis: Axis, split: _Split) -> torch.Tensor:
+    return torch.stack([_piece(x, axis, split, coord) for coord in range(axis.size)])
+
+
+def _gather(x: torch.Tensor, axis: Axis, split: _Split) -> torch.Tensor:
     pieces = axis.all_gather(x.contiguous())
-    if dim == 0 and segments == 1:
-        return pieces.flatten(0, 1)
-    return whole_tensor(pieces.unbind(0), Shard(dim, segments))
+    if split.placement.dim == 0 and split.placement.segments == 1:
+        together = pieces.flatten(0, 1)
+        return together if split.size is None else together.narrow(0, 0, split.size)
+    return whole_tensor(pieces.unbind(0), split.placement, split.size)
 
 
-def _scatter_sum(x: torch.Tensor, axis: Axis, dim: int, segments: Segments) -> torch.Tensor:
-    pieces = [local_shard(x, Shard(dim, segments), axis_size=axis.size, coord=coord) for coord in range(axis.size)]
-    return axis.reduce_scatter(torch.stack(pieces))
+def _scatter_sum(x: torch.Tensor, axis: Axis, split: _Split) -> torch.Tensor:
+    return axis.reduce_scatter(_pieces(x, axis, split))
 
 
-def _mine(x: torch.Tensor, axis: Axis, dim: int, segments: Segments) -> torch.Tensor:
-    return local_shard(x, Shard(dim, segments), axis_size=axis.size, coord=axis.coord).contiguous()
+def _mine(x: torch.Tensor, axis: Axis, split: _Split) -> torch.Tensor:
+    return _piece(x, axis, split, axis.coord).contiguous()
 
 
-def _in_place(x: torch.Tensor, axis: Axis, dim: int, segments: Segments) -> torch.Tensor:
+def _in_place(x: torch.Tensor, axis: Axis, split: _Split) -> torch.Tensor:
     """The whole tensor, zero but for this rank's piece."""
     pieces = [x if coord == axis.coord else torch.zeros_like(x) for coord in range(axis.size)]
-    return whole_tensor(pieces, Shard(dim, segments))
+    return whole_tensor(pieces, split.placement, split.size)
 
 
 class _CopyTo(torch.autograd.Function):
@@ -86,45 +133,45 @@ class _AllReduce(torch.autograd.Function):
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, axis: Axis, dim: int, segments: Segments, partial_gradient: bool
+        ctx: Any, x: torch.Tensor, axis: Axis, split: _Split, partial_gradient: bool
     ) -> torch.Tensor:
-        ctx.rest, ctx.partial_gradient = (axis, dim, segments), partial_gradient
-        return _gather(x, axis, dim, segments)
+        ctx.rest, ctx.partial_gradient = (axis, split), partial_gradient
+        return _gather(x, axis, split)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         back = _scatter_sum if ctx.partial_gradient else _mine
-        return back(grads[0], *ctx.rest), None, None, None, None
+        return back(grads[0], *ctx.rest), None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: Axis, dim: int, segments: Segments) -> torch.Tensor:
-        ctx.rest = (axis, dim, segments)
-        return _scatter_sum(x, axis, dim, segments)
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, split: _Split) -> torch.Tensor:
+        ctx.rest = (axis, split)
+        return _scatter_sum(x, axis, split)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return _gather(grads[0], *ctx.rest), None, None, None
+        return _gather(grads[0], *ctx.rest), None, None
 
 
 class _TakeShard(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, axis: Axis, dim: int, segments: Segments, partial_gradient: bool
+        ctx: Any, x: torch.Tensor, axis: Axis, split: _Split, partial_gradient: bool
     ) -> torch.Tensor:
-        ctx.rest, ctx.partial_gradient = (axis, dim, segments), partial_gradient
-        return _mine(x, axis, dim, segments)
+        ctx.rest, ctx.partial_gradient = (axis, split), partial_gradient
+        return _mine(x, axis, split)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         back = _in_place if ctx.partial_gradient else _gather
-        return back(grads[0], *ctx.rest), None, None, None, None
+        return back(grads[0], *ctx.rest), None, None, None
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: Axis, have: Shard, want: Shard) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, have: _Split, want: _Split) -> torch.Tensor:
         ctx.rest = (axis, want, have)
         return _exchange(x, axis, have, want)
 
@@ -133,9 +180,9 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(grads[0], *ctx.rest), None, None, None
 
 
-def _exchange(x: torch.Tensor, axis: Axis, have: Shard, want: Shard) -> torch.Tensor:
-    pieces = [local_shard(x, want, axis_size=axis.size, coord=coord) for coord in range(axis.size)]
-    return whole_tensor(axis.all_to_all(torch.stack(pieces)).unbind(0), have)
+def _exchange(x: torch.Tensor, axis: Axis, have: _Split, want: _Split) -> torch.Tensor:
+    pieces = axis.all_to_all(_pieces(x, axis, want))
+    return whole_tensor(pieces.unbind(0), have.placement, have.size)
 
 
 class _OwnGradient(torch.autograd.Function):
@@ -161,30 +208,35 @@ def all_reduce(x: torch.Tensor, axis: Axis, *, partial_gradient: bool = False) -
 
 
 def all_gather(
-    x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, partial_gradient: bool = False
-) -> torch.Tensor:
+    x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, size: int | None = None, unit: Segments = 1,
+    partial_gradient: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """The whole value from its shards; the gradient is sliced (reduce-scattered if partial). Shard -> Replicate
     (Copied)."""
-    return _AllGather.apply(x, axis, dim, segments, partial_gradient)
+    return _AllGather.apply(x, axis, _Split.of(axis, dim, segments, size, unit), partial_gradient)
 
 
-def reduce_scatter(x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1) -> torch.Tensor:
+def reduce_scatter(
+    x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, size: int | None = None, unit: Segments = 1
+) -> torch.Tensor:
     """This rank's shard of the sum; the gradient is gathered. Partial -> Shard."""
-    return _ReduceScatter.apply(x, axis, dim, segments)
+    return _ReduceScatter.apply(x, axis, _Split.of(axis, dim, segments, size, unit))
 
 
 def take_shard(
-    x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, partial_gradient: bool = False
-) -> torch.Tensor:
+    x: torch.Tensor, axis: Axis, *, dim: int, segments: Segments = 1, size: int | None = None, unit: Segments = 1,
+    partial_gradient: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """This rank's shard of a whole value; the gradient is gathered (left in its place among zeros if partial).
     Replicate (Copied) -> Shard."""
-    return _TakeShard.apply(x, axis, dim, segments, partial_gradient)
+    return _TakeShard.apply(x, axis, _Split.of(axis, dim, segments, size, unit), partial_gradient)
 
 
-def all_to_all(x: torch.Tensor, axis: Axis, *, have: tuple[int, Segments], want: tuple[int, Segments]) -> torch.Tensor:
-    """A value split along one dim, split along another; `have` and `want` are (dim, segments). The gradient goes back
-    the same way."""
-    return _AllToAll.apply(x, axis, Shard(*have), Shard(*want))
+def all_to_all(x: torch.Tensor, axis: Axis, *, have: tuple[Any, ...], want: tuple[Any, ...]) -> torch.Tensor:
+    """A value split along one dim, split along another; `have` and `want` are (dim, segments), and (dim, segments, size, unit) where
+    padded. The gradient goes back the same way."""
+    given = [(*split, None, 1)[:4] if len(split) == 2 else tuple(split) for split in (have, want)]
+    return _AllToAll.apply(x, axis, *(_Split.of(axis, *split) for split in given))
 
 
 def own_gradient(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -196,6 +248,9 @@ def own_gradient(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 class Reshard:
     """One row: from `have` to `want` by `function`; which collective runs forward and which in backward ("" for none).
 
+    `arguments(have, want, sizes)`: what the function is called with; `sizes` are the true sizes of the dims that `have` and `want`
+    split, None where they are not padded.
+
     `regroups`: splits a whole value or a sum, or gathers a split one, outside of what a matmul does by itself. That
     is how activations
     between the matmuls get split (sequence parallelism and its kin over features); it is only used where a plan asks
@@ -205,37 +260,54 @@ class Reshard:
     have: type
     want: type
     function: Callable[..., torch.Tensor]
-    arguments: Callable[[Any, Any], dict[str, Any]]
+    arguments: Callable[[Any, Any, Sizes], dict[str, Any]]
     forward: str
     backward: str
     regroups: bool = False
 
 
-def _shard_of(placement: Any) -> dict[str, Any]:
-    return {"dim": placement.dim} | ({"segments": placement.segments} if placement.segments != 1 else {})
+def _split_of(placement: Shard, size: int | None) -> tuple[Any, ...]:
+    """(dim, segments), and the true size and the unit where pieces are padded."""
+    plain = (placement.dim, placement.segments)
+    return plain if size is None else (*plain, size, placement.unit)
+
+
+def _shard_of(placement: Shard, size: int | None) -> dict[str, Any]:
+    dim, segments, *padded = _split_of(placement, size)
+    options = {"segments": segments} if segments != 1 else {}
+    if padded:
+        options |= {"size": padded[0]} | ({"unit": padded[1]} if placement.piece else {})
+    return {"dim": dim} | options
 
 
 _PARTIAL_GRADIENT = {"partial_gradient": True}
 
 RESHARDS: tuple[Reshard, ...] = (
-    Reshard(Replicate, Copied, copy_to, lambda have, want: {}, "", "all_reduce"),
-    Reshard(Copied, Replicate, own_gradient, lambda have, want: {}, "", ""),
-    Reshard(Partial, Replicate, all_reduce, lambda have, want: {}, "all_reduce", ""),
-    Reshard(Partial, Copied, all_reduce, lambda have, want: _PARTIAL_GRADIENT, "all_reduce", "all_reduce"),
+    Reshard(Replicate, Copied, copy_to, lambda have, want, sizes: {}, "", "all_reduce"),
+    Reshard(Copied, Replicate, own_gradient, lambda have, want, sizes: {}, "", ""),
+    Reshard(Partial, Replicate, all_reduce, lambda have, want, sizes: {}, "all_reduce", ""),
+    Reshard(Partial, Copied, all_reduce, lambda have, want, sizes: _PARTIAL_GRADIENT, "all_reduce", "all_reduce"),
     Reshard(
-        Partial, Shard, reduce_scatter, lambda have, want: _shard_of(want), "reduce_scatter", "all_gather",
-        regroups=True,
+        Partial, Shard, reduce_scatter, lambda have, want, sizes: _shard_of(want, sizes[1]),
+        "reduce_scatter", "all_gather", regroups=True,
     ),
-    Reshard(Shard, Replicate, all_gather, lambda have, want: _shard_of(have), "all_gather", "", regroups=True),
     Reshard(
-        Shard, Copied, all_gather, lambda have, want: _shard_of(have) | _PARTIAL_GRADIENT,
+        Shard, Replicate, all_gather, lambda have, want, sizes: _shard_of(have, sizes[0]), "all_gather", "", regroups=True
+    ),
+    Reshard(
+        Shard, Copied, all_gather, lambda have, want, sizes: _shard_of(have, sizes[0]) | _PARTIAL_GRADIENT,
         "all_gather", "reduce_scatter", regroups=True,
     ),
-    Reshard(Replicate, Shard, take_shard, lambda have, want: _shard_of(want), "", "all_gather", regroups=True),
-    Reshard(Copied, Shard, take_shard, lambda have, want: _shard_of(want) | _PARTIAL_GRADIENT, "", "", regroups=True),
+    Reshard(
+        Replicate, Shard, take_shard, lambda have, want, sizes: _shard_of(want, sizes[1]), "", "all_gather", regroups=True
+    ),
+    Reshard(
+        Copied, Shard, take_shard, lambda have, want, sizes: _shard_of(want, sizes[1]) | _PARTIAL_GRADIENT, "", "",
+        regroups=True,
+    ),
     Reshard(
         Shard, Shard, all_to_all,
-        lambda have, want: {"have": (have.dim, have.segments), "want": (want.dim, want.segments)},
+        lambda have, want, sizes: {"have": _split_of(have, sizes[0]), "want": _split_of(want, sizes[1])},
         "all_to_all", "all_to_all", regroups=True,
     ),
 )  # fmt: skip

@@ -13,10 +13,24 @@ whole
 `local` names what one rank computes instead where its shard alone is not enough (a split vocabulary). An op without a
 row stays
 whole; `register` adds a row from user code.
+
+Padding. A name that the axis does not divide may be split only by rows that say so, because the last ranks' pieces then
+have entries that are not the model's (`passes.placement`). Every such row keeps two things true of them: they are finite,
+and a gradient of zero gives a gradient of zero. `padding` of a row:
+
+- "keeps": results that have the name are finite there, and so is the derivative; nothing is summed over the name
+- "first": where only the first argument has the name (a quotient: every entry is divided by what true entries are)
+- "mask": where no boolean argument has the name (what a mask puts in is infinite; it may see nothing in padding)
+- "zeros": and zeros stay zeros: views, casts, multiples. What such ops make of a parameter is zero in its padding
+- "product": and a name that the results lack is summed over products, so it may be padded where an argument is zero
+  there: a parameter, whose padding is zeros. (What comes back to *its* padding is no gradient of anything; it is dropped.)
+
+With `local`, the function is told the true size of the name (`size=`) and takes a parameter as the rank holds it.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,12 +41,13 @@ from torch import fx
 from costmodel.errors import BadArgument
 from passes import contraction_patterns, patterns
 from passes.annotation import Binding, Cut, bind
-from passes.ir import Size
+from passes.ir import Size, is_state, output_types, tensor_inputs
 from passes.local_ops import sharded_batch_norm, sharded_cross_entropy, sharded_embedding
 from passes.patterns import Call, Op, Pattern, call_of, elementwise, reduce, spatial, whole_dims
-from passes.placement import COPIED, PARTIAL, REPLICATE, Placement, Shard
+from passes.placement import COPIED, PARTIAL, REPLICATE, Placement, Shard, divides
+from passes.rule_table import TABLE
 
-__all__ = ["RULES", "Call", "Local", "Op", "OpRule", "Strategy", "call_of", "register", "strategies"]
+__all__ = ["RULES", "Call", "Local", "Op", "OpRule", "Strategy", "call_of", "register", "rule_of", "strategies"]
 
 aten = torch.ops.aten
 
@@ -47,24 +62,34 @@ class Local:
     the axis.
 
     `output` is the placement of the result; `all_reduces` counts the all_reduces of one value per row that it does
-    itself.
+    itself. `padding`: it can be given shards that are padded.
     """
 
     rewrite: Rewrite
     output: Placement
     all_reduces: int = 0
+    padding: bool = False
 
 
 @dataclass(frozen=True)
 class OpRule:
     """One row. `sizes` is the position of the argument that spells the result's shape (views) or the split sizes
-    ("split")."""
+    ("split"). `counts` names the int arguments that say how many of a name there are (groups): a rank that has its share
+    of that name passes its share of the number. `shared_results`: results that lack a split name are not sums, each rank
+    has them whole."""
 
     op: Op
     annotation: Annotation
     linear: str | Callable[[Call], str] = ""
     sizes: int | None = None
+    counts: Mapping[str, str] = field(default_factory=dict)
+    shared_results: bool = False
     local: Mapping[str, Local] = field(default_factory=dict)
+    padding: str | Callable[[Call], str] = ""
+
+    def padding_of(self, call: Call) -> str:
+        """What the row says of padding for a call: one of the words of the module's docstring, or nothing."""
+        return self.padding if isinstance(self.padding, str) else self.padding(call)
 
     def binding(self, call: Call) -> Binding:
         """The annotation bound to a call's shapes. ValueError if it does not fit."""
@@ -160,15 +185,12 @@ _LOSSES = (("mse_loss", 2), ("l1_loss", 2), ("smooth_l1_loss", 2), ("huber_loss"
            ("binary_cross_entropy", 3), ("binary_cross_entropy_with_logits", 4), ("poisson_nll_loss", 5))  # fmt: skip
 _POOLS = (("max_pool1d", 1), ("max_pool2d", 2), ("max_pool3d", 3), ("adaptive_max_pool1d", 1),
     ("adaptive_max_pool2d", 2),
-          ("max_pool1d_with_indices", 1), ("max_pool2d_with_indices", 2), ("pixel_shuffle", 3),
-          ("pixel_unshuffle", 3))  # fmt: skip
+          ("max_pool1d_with_indices", 1), ("max_pool2d_with_indices", 2))  # fmt: skip
 _LINEAR_POOLS = (("avg_pool1d", 1), ("avg_pool2d", 2), ("avg_pool3d", 3), ("adaptive_avg_pool1d", 1),
     ("adaptive_avg_pool2d", 2),
                  ("upsample_nearest1d.vec", 1), ("upsample_nearest2d.vec", 2), ("upsample_linear1d.vec", 1),
                  ("upsample_bilinear2d.vec", 2), ("upsample_bicubic2d.vec", 2), ("tril", 2), ("triu", 2))  # fmt: skip
-_WHOLE = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", "diagonal_scatter", "diag_embed", "histc",
-    "index_put",
-          "index_add")  # fmt: skip
+_WHOLE = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", "diagonal_scatter", "histc")
 
 
 def _op(name: str) -> Op:
@@ -181,9 +203,52 @@ def _exists(name: str) -> bool:
     return hasattr(aten, packet) and (overload or "default") in getattr(aten, packet).overloads()
 
 
-def _rows(names: Sequence[str], annotation: Annotation, linear: str = "") -> tuple[OpRule, ...]:
+def _rows(names: Sequence[str], annotation: Annotation, linear: str = "", padding: Any = "") -> tuple[OpRule, ...]:
     """A row for each op of the names that this torch has."""
-    return tuple(OpRule(_op(name), annotation, linear=linear) for name in names if _exists(name))
+    return tuple(OpRule(_op(name), annotation, linear=linear, padding=padding) for name in names if _exists(name))
+
+
+# Elementwise ops that are finite, with a finite derivative, wherever their arguments are finite. Not log, sqrt, division
+# by a tensor and other powers, which zeros break; nor exp and its kin, which large values break.
+_FINITE = frozenset((
+    "abs", "asinh", "atan", "bitwise_not", "ceil", "clamp", "clamp_max", "clamp_min", "cos", "dropout", "elu", "erf", "erfc", "floor",
+    "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "isfinite", "isinf", "isnan", "leaky_relu", "log_sigmoid",
+    "logical_not", "mish", "nan_to_num", "relu", "relu6", "round", "selu", "celu", "sigmoid", "sign", "silu", "sin", "softplus",
+    "softshrink", "square", "tanh", "threshold", "trunc", "eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar",
+    "rsub.Scalar", "add.Scalar", "sub.Scalar", "ones_like", "full_like", "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor",
+    "gt.Tensor", "ge.Tensor", "maximum", "minimum", "max.other", "min.other", "fmax", "fmin", "rsub.Tensor", "bitwise_and.Tensor",
+    "bitwise_or.Tensor", "bitwise_xor.Tensor", "logical_and", "logical_or", "logical_xor", "addcmul", "lerp.Tensor", "lerp.Scalar",
+    "clamp.Tensor", "clamp_min.Tensor", "clamp_max.Tensor",
+))  # fmt: skip
+
+
+def _finite(call: Call) -> str:
+    """Of an elementwise op by its name."""
+    name = str(call.op).removeprefix("aten.").removesuffix(".default")
+    power = call.args[1] if name == "pow.Tensor_Scalar" else 0.5
+    whole = isinstance(power, (int, float)) and power >= 1 and power == int(power)
+    masks = name.startswith(("where.", "masked_fill."))
+    return "keeps" if name in _FINITE or whole else "mask" if masks else ""
+
+
+def _finite_reduction(call: Call) -> str:
+    """Of an op that looks across whole dims: of rows of zeros, the same. Roots (std, norms) and products of rows are not."""
+    names = ("amax", "amin", "argmax", "argmin", "max", "min", "any", "all", "logsumexp", "var", "softmax", "log_softmax")
+    return "keeps" if str(call.op).removeprefix("aten.").partition(".")[0].removeprefix("_") in names else ""
+
+
+def _quotient(call: Call) -> str:
+    return "zeros" if len(call.inputs) == 1 else "first"
+
+
+def _only_number(kind: str) -> Callable[[Call], str]:
+    """Where one argument is a tensor and the other a number."""
+    return lambda call: kind if len(call.inputs) == 1 else ""
+
+
+def _with_eps(position: int) -> Callable[[Call], str]:
+    """Of a norm: rows of zeros are finite where something is added before the root."""
+    return lambda call: "keeps" if call.argument(position, "eps", None) != 0 else ""
 
 
 def _linear_if(positions: int) -> Callable[[Call], str]:
@@ -200,76 +265,82 @@ def _linear_pad(call: Call) -> str:
 
 
 ELEMENTWISE: tuple[OpRule, ...] = (
-    *_rows((*_UNARY, *_BINARY), elementwise),
-    *_rows(_LINEAR_UNARY, elementwise, linear="sum"),
+    *_rows((*_UNARY, *_BINARY), elementwise, padding=_finite),
+    *_rows(_LINEAR_UNARY, elementwise, linear="sum", padding=_only_number("zeros")),
     OpRule(aten.type_as.default, patterns.like_first),
     OpRule(aten.prelu.default, patterns.per_channel),
-    OpRule(aten.add.Tensor, elementwise, linear=_linear_if(2)),
-    OpRule(aten.sub.Tensor, elementwise, linear=_linear_if(2)),
-    OpRule(aten.mul.Tensor, elementwise, linear="each"),
-    OpRule(aten.div.Tensor, elementwise, linear="first"),
+    OpRule(aten.add.Tensor, elementwise, linear=_linear_if(2), padding="keeps"),
+    OpRule(aten.sub.Tensor, elementwise, linear=_linear_if(2), padding="keeps"),
+    OpRule(aten.mul.Tensor, elementwise, linear="each", padding="zeros"),
+    OpRule(aten.div.Tensor, elementwise, linear="first", padding=_quotient),
 )
 
 VIEWS: tuple[OpRule, ...] = (
-    OpRule(aten.view.default, patterns.reshape, linear="sum", sizes=1),
-    OpRule(aten.reshape.default, patterns.reshape, linear="sum", sizes=1),
-    OpRule(aten._unsafe_view.default, patterns.reshape, linear="sum", sizes=1),
-    OpRule(aten.unsqueeze.default, patterns.reshape, linear="sum"),
-    OpRule(aten.squeeze.dim, patterns.squeeze, linear="sum"),
-    OpRule(aten.squeeze.dims, patterns.squeeze, linear="sum"),
-    OpRule(aten.squeeze.default, patterns.squeeze, linear="sum"),
-    OpRule(aten.flatten.using_ints, patterns.reshape, linear="sum"),
-    OpRule(aten.expand.default, patterns.expand, linear="sum", sizes=1),
-    OpRule(aten.repeat.default, patterns.repeat, linear="sum"),
-    OpRule(aten.repeat_interleave.self_int, patterns.repeat_interleave, linear="sum"),
-    OpRule(aten.transpose.int, patterns.permute, linear="sum"),
-    OpRule(aten.permute.default, patterns.permute, linear="sum"),
-    OpRule(aten.t.default, patterns.permute, linear="sum"),
-    OpRule(aten.split_with_sizes.default, patterns.split, linear="sum", sizes=1),
-    OpRule(aten.cat.default, patterns.cat, linear="sum"),
-    OpRule(aten.stack.default, patterns.stack, linear="sum"),
-    OpRule(aten.glu.default, patterns.glu),
-    OpRule(aten.slice.Tensor, whole_dims(at=1, default=0, resized=True), linear="sum"),
-    OpRule(aten.select.int, patterns.select, linear="sum"),
-    OpRule(aten.slice_scatter.default, patterns.slice_scatter, linear="sum"),
-    OpRule(aten.select_scatter.default, patterns.select_scatter, linear="sum"),
-    OpRule(aten.flip.default, whole_dims(name="dims"), linear="sum"),
-    OpRule(aten.roll.default, whole_dims(at=2, name="dims", default=()), linear="sum"),
+    OpRule(aten.view.default, patterns.reshape, linear="sum", sizes=1, padding="zeros"),
+    OpRule(aten.reshape.default, patterns.reshape, linear="sum", sizes=1, padding="zeros"),
+    OpRule(aten._unsafe_view.default, patterns.reshape, linear="sum", sizes=1, padding="zeros"),
+    OpRule(aten.unsqueeze.default, patterns.reshape, linear="sum", padding="zeros"),
+    OpRule(aten.squeeze.dim, patterns.squeeze, linear="sum", padding="zeros"),
+    OpRule(aten.squeeze.dims, patterns.squeeze, linear="sum", padding="zeros"),
+    OpRule(aten.squeeze.default, patterns.squeeze, linear="sum", padding="zeros"),
+    OpRule(aten.flatten.using_ints, patterns.reshape, linear="sum", padding="zeros"),
+    OpRule(aten.expand.default, patterns.expand, linear="sum", sizes=1, padding="zeros"),
+    OpRule(aten.repeat.default, patterns.repeat, linear="sum", padding="zeros"),
+    OpRule(aten.repeat_interleave.self_int, patterns.repeat_interleave, linear="sum", padding="zeros"),
+    OpRule(aten.transpose.int, patterns.permute, linear="sum", padding="zeros"),
+    OpRule(aten.permute.default, patterns.permute, linear="sum", padding="zeros"),
+    OpRule(aten.t.default, patterns.permute, linear="sum", padding="zeros"),
+    OpRule(aten.split_with_sizes.default, patterns.split, linear="sum", sizes=1, padding="zeros"),
+    OpRule(aten.cat.default, patterns.cat, linear="sum", padding="zeros"),
+    OpRule(aten.stack.default, patterns.stack, linear="sum", padding="zeros"),
+    OpRule(aten.glu.default, patterns.glu, padding="keeps"),
+    OpRule(aten.slice.Tensor, patterns.sliced, linear="sum", padding="zeros"),
+    OpRule(aten.select.int, patterns.select, linear="sum", padding="zeros"),
+    OpRule(aten.slice_scatter.default, patterns.slice_scatter, linear="sum", padding="zeros"),
+    OpRule(aten.select_scatter.default, patterns.select_scatter, linear="sum", padding="zeros"),
+    OpRule(aten.flip.default, whole_dims(name="dims"), linear="sum", padding="zeros"),
+    OpRule(aten.roll.default, whole_dims(at=2, name="dims", default=()), linear="sum", padding="zeros"),
     OpRule(aten.pad.default, patterns.pad, linear=_linear_pad),
     OpRule(aten.constant_pad_nd.default, patterns.pad),
 )
 
 CONTRACTIONS: tuple[OpRule, ...] = (
-    OpRule(aten.linear.default, contraction_patterns.linear, linear=_linear_without_bias),
-    OpRule(aten.mm.default, "m k, k n -> m n", linear="each"),
-    OpRule(aten.mv.default, "m k, k -> m", linear="each"),
+    OpRule(aten.linear.default, contraction_patterns.linear, linear=_linear_without_bias, padding="product"),
+    OpRule(aten.mm.default, "m k, k n -> m n", linear="each", padding="product"),
+    OpRule(aten.mv.default, "m k, k -> m", linear="each", padding="product"),
     OpRule(aten.dot.default, "k, k -> ", linear="each"),
-    OpRule(aten.outer.default, "m, n -> m n", linear="each"),
-    OpRule(aten.bmm.default, "b m k, b k n -> b m n", linear="each"),
-    OpRule(aten.matmul.default, contraction_patterns.matmul, linear="each"),
-    OpRule(aten.addmm.default, contraction_patterns.addmm),
-    OpRule(aten.baddbmm.default, contraction_patterns.baddbmm),
-    OpRule(aten.einsum.default, contraction_patterns.einsum, linear="each"),
-    OpRule(aten.scaled_dot_product_attention.default, contraction_patterns.attention),
-    OpRule(aten.conv1d.default, contraction_patterns.convolution, linear=_linear_without_bias),
-    OpRule(aten.conv2d.default, contraction_patterns.convolution, linear=_linear_without_bias),
-    OpRule(aten.conv3d.default, contraction_patterns.convolution, linear=_linear_without_bias),
+    OpRule(aten.outer.default, "m, n -> m n", linear="each", padding="product"),
+    OpRule(aten.bmm.default, "b m k, b k n -> b m n", linear="each", padding="product"),
+    OpRule(aten.matmul.default, contraction_patterns.matmul, linear="each", padding="product"),
+    OpRule(aten.addmm.default, contraction_patterns.addmm, padding="keeps"),
+    OpRule(aten.baddbmm.default, contraction_patterns.baddbmm, padding="keeps"),
+    OpRule(aten.einsum.default, contraction_patterns.einsum, linear="each", padding="product"),
+    OpRule(aten.scaled_dot_product_attention.default, contraction_patterns.attention, padding="mask"),
+    *(
+        OpRule(_op(f"{name}{end}"), pattern, linear=_linear_without_bias, counts={"g": "groups"})
+        for name, pattern, ends in (
+            ("conv", contraction_patterns.convolution, ("1d", "2d", "3d", "1d.padding", "2d.padding", "3d.padding")),
+            ("conv_transpose", contraction_patterns.transposed_convolution, ("1d", "2d.input", "3d.input")),
+        )
+        for end in ends
+    ),
+    *_rows(("_grouped_mm",), contraction_patterns.grouped_matmul, linear="each"),
 )
 
 REDUCTIONS: tuple[OpRule, ...] = (
     OpRule(aten.sum.default, patterns.summed, linear="sum"),
-    OpRule(aten.sum.dim_IntList, patterns.summed, linear="sum"),
+    OpRule(aten.sum.dim_IntList, patterns.summed, linear="sum", padding="keeps"),
     OpRule(aten.mean.default, reduce(), linear="sum"),
-    OpRule(aten.mean.dim, reduce(), linear="sum"),
-    *_rows(_REDUCTIONS, reduce()),
+    OpRule(aten.mean.dim, reduce(), linear="sum", padding="keeps"),
+    *_rows(_REDUCTIONS, reduce(), padding=_finite_reduction),
     *_rows(_FULL_REDUCTIONS, reduce(-1)),
     OpRule(aten.linalg_vector_norm.default, reduce(2)),
     OpRule(aten.norm.ScalarOpt_dim, reduce(2)),
-    *_rows(_SOFTMAX, whole_dims()),
-    OpRule(aten.cumsum.default, whole_dims(), linear="sum"),
-    OpRule(aten.layer_norm.default, patterns.layer_norm),
-    OpRule(aten.rms_norm.default, patterns.layer_norm),
-    OpRule(aten.group_norm.default, patterns.group_norm),
+    *_rows(_SOFTMAX, whole_dims(), padding=_finite_reduction),
+    OpRule(aten.cumsum.default, whole_dims(), linear="sum", padding="keeps"),
+    OpRule(aten.layer_norm.default, patterns.layer_norm, padding=_with_eps(4)),
+    OpRule(aten.rms_norm.default, patterns.layer_norm, padding=_with_eps(3)),
+    OpRule(aten.group_norm.default, patterns.group_norm, counts={"g": "num_groups"}),
     OpRule(
         aten.batch_norm.default, patterns.batch_norm, local={"c": Local(_rewrite_batch_norm, PARTIAL, all_reduces=1)}
     ),
@@ -278,11 +349,14 @@ REDUCTIONS: tuple[OpRule, ...] = (
 )
 
 LOOKUPS: tuple[OpRule, ...] = (
-    OpRule(aten.embedding.default, patterns.embedding, local={"v": Local(_rewrite_embedding, PARTIAL)}),
+    OpRule(
+        aten.embedding.default, patterns.embedding, local={"v": Local(_rewrite_embedding, PARTIAL, padding=True)},
+        padding="keeps",
+    ),
     OpRule(
         aten.cross_entropy_loss.default,
         contraction_patterns.cross_entropy,
-        local={"c": Local(_rewrite_cross_entropy, REPLICATE, all_reduces=2)},
+        local={"c": Local(_rewrite_cross_entropy, REPLICATE, all_reduces=2, padding=True)},
     ),
     OpRule(aten.nll_loss_nd.default, contraction_patterns.nll_loss),
     *(OpRule(_op(name), contraction_patterns.loss(at)) for name, at in _LOSSES),
@@ -298,17 +372,40 @@ LOOKUPS: tuple[OpRule, ...] = (
     *_rows(_WHOLE, patterns.all_whole),
 )
 
-RULES: dict[Op, OpRule] = {row.op: row for row in (*ELEMENTWISE, *VIEWS, *CONTRACTIONS, *REDUCTIONS, *LOOKUPS)}
+FURTHER: tuple[OpRule, ...] = tuple(
+    OpRule(_op(name), rows.annotation, linear=rows.linear, **rows.options)
+    for rows in TABLE
+    for name in rows.names.split()
+    if _exists(name)
+)
+
+RULES: dict[Op, OpRule] = {
+    row.op: row for row in (*ELEMENTWISE, *VIEWS, *CONTRACTIONS, *REDUCTIONS, *LOOKUPS, *FURTHER)
+}
+
+# Ops of other libraries by qualified name, since they exist only once those libraries are imported: annotation, linear.
+LIBRARY_ROWS: dict[str, tuple[Annotation, str]] = {
+    "transformers::grouped_mm_fallback": ("[t] k, [e] k n, [e] -> [t] n", "each"),
+}
 
 
-def register(op: Op, annotation: Annotation, *, linear: str = "") -> None:
+def rule_of(op: Op) -> OpRule | None:
+    """The row of an op, None if it has none."""
+    if op in RULES:
+        return RULES[op]
+    row = LIBRARY_ROWS.get(getattr(getattr(op, "_schema", None), "name", ""))
+    return OpRule(op, row[0], linear=row[1]) if row else None
+
+
+def register(op: Op, annotation: Annotation, *, linear: str = "", padding: str = "") -> None:
     """Add a row for an op, such as one made with torch.library: `register(torch.ops.mine.swish.default, "... -> ...")`.
 
-    BadArgument if the op has a row already.
+    `padding="keeps"`: the op and its derivative are finite wherever its arguments are, so that dims which the axis does not divide may
+    be split too. BadArgument if the op has a row already.
     """
-    if op in RULES:
+    if rule_of(op) is not None:
         raise BadArgument(f"{op} already has a rule", use="another op, or edit its row in passes/rules.py")
-    RULES[op] = OpRule(op, annotation, linear=linear)
+    RULES[op] = OpRule(op, annotation, linear=linear, padding=padding)
 
 
 # ---- from rows to strategies
@@ -334,13 +431,14 @@ def _whole(differentiable: bool) -> Placement:
 
 def strategies(
     rule: OpRule | None, call: Call, *, axis_size: int, differentiable: Sequence[bool], result_differentiable: bool,
-    cuts: Callable[[Binding, tuple[str, ...]], Sequence[Cut]], splittable: Callable[[Size], bool],
+    cuts: Callable[[Binding, tuple[str, ...]], Sequence[Cut]], splittable: Callable[[Size], bool], zeros: Sequence[bool] = (),
 ) -> list[Strategy]:  # fmt: skip
     """Every legal way to run `call` over an axis of `axis_size` ranks, the whole one first.
 
     `differentiable[i]`: a gradient flows into argument i. `cuts` gives the block structures to try for a split name,
     `splittable`
-    says whether a name of that size may be split at all (batch and sequence may be reserved for other axes).
+    says whether a name of that size may be split at all (batch and sequence may be reserved for other axes). `zeros[i]`: what
+    argument i has in its padding is zero (see `zero_padded`).
     """
     inputs, outputs = len(call.inputs), len(call.outputs)
     found = [Strategy((REPLICATE,) * inputs, (REPLICATE,) * outputs)]
@@ -354,9 +452,15 @@ def strategies(
             continue
         local = rule.local.get(group[0])
         for cut in cuts(binding, group):
-            if local is not None and cut.segments != 1:
+            if local is not None and (cut.segments != 1 or cut.piece):
                 continue
-            strategy = _split_strategy(binding, group, cut, axis_size, differentiable, local)
+            padded = binding.is_padded(group, cut, axis_size)
+            if padded and any(name in rule.counts for name in group):
+                continue
+            if padded and not (local.padding if local is not None else _may_be_padded(rule, call, binding, group, zeros)):
+                continue
+            lacking = local.output if local is not None else REPLICATE if rule.shared_results else PARTIAL
+            strategy = _split_strategy(binding, group, cut, axis_size, differentiable, lacking, local)
             if strategy is not None and strategy.is_split:
                 found.append(strategy)
     linear = rule.linear if isinstance(rule.linear, str) else rule.linear(call)
@@ -365,14 +469,50 @@ def strategies(
     return found
 
 
+def _may_be_padded(rule: OpRule, call: Call, binding: Binding, group: tuple[str, ...], zeros: Sequence[bool]) -> bool:
+    """True if a call may run with a padded name, see the module's docstring."""
+    padding = rule.padding_of(call)
+    if padding == "":
+        return False
+    inputs = [binding.concerned(*pair, group) is not None for pair in zip(binding.inputs, binding.input_shapes, strict=True)]
+    outputs = [binding.concerned(*pair, group) is not None for pair in zip(binding.outputs, binding.output_shapes, strict=True)]
+    if padding in ("first", "mask"):
+        barred = [k > 0 if padding == "first" else value.dtype == torch.bool for k, value in enumerate(call.inputs)]
+        return all(outputs) and not any(has and bar for has, bar in zip(inputs, barred, strict=True))
+    return all(outputs) or (padding == "product" and any(has and zero for has, zero in zip(inputs, zeros, strict=False)))
+
+
+def zero_padded(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values are zero wherever a split pads them: parameters and buffers, and what views and multiples make of them."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if is_state(node) or (node.target is operator.getitem and node.args[0] in found):
+            found.add(node)
+        elif node.op == "call_function" and tensor_inputs(node) and found.issuperset(tensor_inputs(node)):
+            rule = rule_of(node.target)
+            if rule is not None and output_types(node) and rule.padding_of(call_of(node)) == "zeros":
+                found.add(node)
+    return found
+
+
+def _in_blocks(size: Size, segments: Size | tuple[int, ...], axis_size: int) -> bool:
+    """True if a name of that size has these blocks; symbolic ones have to be divided by the axis as well, numbers may be padded."""
+    if isinstance(size, int) and isinstance(segments, (int, tuple)):
+        return divides(size, segments, 1)
+    return divides(size, segments, axis_size)
+
+
 def _split_strategy(
     binding: Binding,
     group: tuple[str, ...],
     cut: Cut,
     axis_size: int,
     differentiable: Sequence[bool],
+    lacking: Placement,
     local: Local | None,
 ) -> Strategy | None:
+    if len(group) == 1 and not _in_blocks(binding.sizes[group[0]], cut.segments, axis_size):
+        return None  # a dim made of several names may divide where this one does not
     inputs: list[Placement] = []
     for pattern, shape, needs_gradient in zip(binding.inputs, binding.input_shapes, differentiable, strict=True):
         shard = binding.shard(pattern, shape, group, cut, axis_size)
@@ -384,5 +524,5 @@ def _split_strategy(
         shard = binding.shard(pattern, shape, group, cut, axis_size)
         if shard is False:
             return None
-        outputs.append(shard if isinstance(shard, Shard) else (local.output if local else PARTIAL))
+        outputs.append(shard if isinstance(shard, Shard) else lacking)
     return Strategy(tuple(inputs), tuple(outputs), group, local)

@@ -102,7 +102,7 @@ def _arg_from_json(arg: Any, nodes: Mapping[str, fx.Node]) -> Any:
     return readers[kind](value)
 
 
-_FLAGS = ("trainable", "loss", "kind", "loss_share", "received", "persistent", "mutates")
+_FLAGS = ("trainable", "loss", "kind", "loss_share", "received", "persistent", "mutates", "segment")
 
 
 def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ def graph_from_json(records: Sequence[Mapping[str, Any]], axis_sizes: Mapping[st
         target: Any = _target(record["target"]) if op == "call_function" else record["target"]
         node = graph.create_node(op, target, args if op == "call_function" else (), kwargs, name=name)
         if "type" in record:
-            kind, placements = parse_type(record["type"], tuple(axis_sizes))
+            kind, placements = parse_type(record["type"], axis_sizes)
             node.meta |= {"tensor": kind, "sharding": placements}
         if "size" in record:
             node.meta["size"] = sympy.sympify(parse_size(record["size"]))

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ from passes.ir import (
 )
 from passes.placement import COPIED, REPLICATE, Copied, Partial, Placement, Shard
 from passes.reshard import collective_seconds
-from passes.rules import RULES, Call, Strategy, call_of, strategies
+from passes.rules import Call, Strategy, call_of, rule_of, strategies, zero_padded
 
 # A user who asks for tp = n asks for a device to hold 1/n of the model; time decides between the ways of doing that. Small
 # models, whose steps are mostly latency, need 16 and more to be split at all; for large ones 1 to 32 give the same plan.
@@ -119,7 +119,8 @@ class ShardPlan:
 class _Cuts:
     """Which block structures each dim of each value may be split in: a fixpoint over the rules' dim names."""
 
-    def __init__(self, bindings: Mapping[fx.Node, Binding]) -> None:
+    def __init__(self, bindings: Mapping[fx.Node, Binding], axis_size: int) -> None:
+        self.axis_size = axis_size
         self.of: dict[Value, list[dict[Any, Cut]]] = {}
         order = list(bindings)
         changed = True
@@ -130,9 +131,9 @@ class _Cuts:
                     changed |= self._visit(node, bindings[node])
 
     def dims(self, value: Value, rank: int) -> list[dict[Any, Cut]]:
-        """Per dim of a value: block structure -> cut."""
+        """Per dim of a value: (segments, piece) -> cut."""
         if value not in self.of:
-            self.of[value] = [{1: Cut()} for _ in range(rank)]
+            self.of[value] = [{(1, 0): Cut()} for _ in range(rank)]
         return self.of[value]
 
     def _visit(self, node: fx.Node, binding: Binding) -> bool:
@@ -148,29 +149,23 @@ class _Cuts:
                     continue
                 known = self.dims(value, len(shape))[spot[0]]
                 for cut in found.values():
-                    dim_cut = binding.dim_cut(
-                        spot[1], shape[spot[0]], (next(n for n in group if n in spot[1].names),), cut
-                    )
-                    if dim_cut is not None and (
-                        dim_cut.segments not in known or known[dim_cut.segments].unit < dim_cut.unit
-                    ):
-                        known[dim_cut.segments] = dim_cut
-                        changed = True
+                    dim_cut = binding.dim_cut(spot[1], group, cut, self.axis_size)
+                    changed |= dim_cut is not None and _note(known, dim_cut)
         return changed
 
     def group(
         self, binding: Binding, places: Sequence[tuple[Value, Any, Any]], group: tuple[str, ...]
     ) -> dict[Any, Cut]:
         """The cuts of a split name that any of its dims knows."""
-        found: dict[Any, Cut] = {1: Cut()}
+        found: dict[Any, Cut] = {(1, 0): Cut()}
         for value, pattern, shape in places:
             spot = binding.concerned(pattern, shape, group)
             if spot is None:
                 continue
             for dim_cut in self.dims(value, len(shape))[spot[0]].values():
-                cut = binding.name_cut(spot[1], (next(n for n in group if n in spot[1].names),), dim_cut)
-                if cut is not None and (cut.segments not in found or found[cut.segments].unit < cut.unit):
-                    found[cut.segments] = cut
+                cut = binding.name_cut(spot[1], group, dim_cut, self.axis_size)
+                if cut is not None:
+                    _note(found, cut)
         return found
 
     @staticmethod
@@ -187,6 +182,19 @@ class _Cuts:
     def for_call(self, node: fx.Node) -> Callable[[Binding, tuple[str, ...]], Sequence[Cut]]:
         """The cuts to try for each split name of a call."""
         return lambda binding, group: list(self.group(binding, self._places(node, binding), group).values())
+
+
+def _note(known: dict[Any, Cut], cut: Cut) -> bool:
+    """Keep a cut if its layout is new, or known with a smaller unit only; True if so."""
+    before = known.get((cut.segments, cut.piece))
+    if before is not None and not _total(before.unit) < _total(cut.unit):
+        return False
+    known[cut.segments, cut.piece] = cut
+    return True
+
+
+def _total(unit: int | tuple[int, ...]) -> int:
+    return sum(unit) if isinstance(unit, tuple) else unit
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,7 @@ class _Problem:
     regroup: bool  # may values between the matmuls be split and gathered anywhere?
     calls: dict[fx.Node, Call]
     cuts: _Cuts
+    zeros: set[fx.Node]  # whose padding is zero
     choices: list[list[Any]] = field(default_factory=list)
     factors: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
     variables: dict[fx.Node, int] = field(default_factory=dict)  # of calls and of parameters
@@ -260,8 +269,9 @@ class _Problem:
             return
         differentiable = tuple(is_trainable(arg) for arg in tensor_inputs(node))
         found = strategies(
-            RULES[node.target] if ruled else None, call, axis_size=self.axis_size, differentiable=differentiable,
+            rule_of(node.target) if ruled else None, call, axis_size=self.axis_size, differentiable=differentiable,
             result_differentiable=is_trainable(node), cuts=self.cuts.for_call(node), splittable=self._splittable,
+            zeros=tuple(arg in self.zeros for arg in tensor_inputs(node)),
         )  # fmt: skip
         found = list(dict.fromkeys(found))
         self.variables[node] = variable = self._variable(found)
@@ -309,13 +319,14 @@ class _Problem:
 
     def _state_seconds(self, kind: TensorType, placement: Placement, trained: bool) -> tuple[float, float]:
         """(seconds per microbatch, bytes) of holding a parameter and, if it is trained, updating it."""
-        count = self.pricing.num_bytes(kind) // kind.dtype.itemsize
-        local = count // self.axis_size if isinstance(placement, Shard) else count
+        local = self.pricing.shape(kind, placement, self.axis_size).numel
         if not trained:
             return 0.0, float(local * kind.dtype.itemsize)
         seconds = float(optimizer_seconds(local, self.pricing.hardware))
         if isinstance(placement, Copied):
+            # one all_reduce sums the gradients of all such parameters: each brings its bytes, none a latency
             num_bytes, link = self.pricing.num_bytes(kind), self.pricing.link(self.axis_size)
+            link = replace(link, latency_seconds=0.0)
             seconds += collective_seconds("all_reduce", num_bytes=num_bytes, axis_size=self.axis_size, link=link)
         return seconds / self.microbatches, float(training_state_bytes(local))
 
@@ -438,17 +449,19 @@ class _Problem:
                 self._add_shared(want, from_each, producer, wants)
 
     def solve(self, users: Users) -> tuple[list[int], float]:
-        """The best choice of every variable, and the objective. Exact but for graphs too wide for shared wants (see `add_reshards`)."""
+        """The best choice of every variable, and the objective. Exact but for graphs too wide for shared wants (see `add_reshards`),
+        and for graphs too wide even so, where some calls stay whole (see `minimise`)."""
         own, count = list(self.factors), len(self.choices)
         for shared in (True, False):
             self.factors, self.choices = list(own), self.choices[:count]
             for value, consumers in users.items():
                 self.add_reshards(value, consumers, shared)
+            # the first way of every call is to run whole, and a reshard that may be made is: this is always allowed
+            whole = [len(choices) - 1 if choices == [False, True] else 0 for choices in self.choices]
             try:
-                return minimise([len(choices) for choices in self.choices], self.factors)
+                return minimise([len(choices) for choices in self.choices], self.factors, None if shared else whole)
             except MemoryError:
-                if not shared:
-                    raise
+                continue
         raise AssertionError("unreachable")
 
     def _add_shared(
@@ -522,7 +535,9 @@ def _shard(
     unruled = tuple(
         node for node in nodes if node in parametric and node not in bindings and not node.meta.get("mutates")
     )
-    problem = _Problem(pricing, axis_size, microbatches, in_flight, sequence_parallel, regroup, nodes, _Cuts(bindings))
+    problem = _Problem(
+        pricing, axis_size, microbatches, in_flight, sequence_parallel, regroup, nodes, _Cuts(bindings, axis_size), zero_padded(graph)
+    )  # fmt: skip
     users: Users = {}
     for node in nodes:
         problem.add_call(node, node in parametric, node in bindings)
@@ -556,7 +571,8 @@ def _shard(
 def _binding(call: Call) -> Binding | None:
     """The call's rule bound to its shapes; None without a rule, or where the rule cannot read these shapes."""
     try:
-        return RULES[call.op].binding(call) if call.op in RULES else None
+        rule = rule_of(call.op)
+        return rule.binding(call) if rule is not None else None
     except ValueError:
         return None
 
@@ -565,5 +581,5 @@ def _with_unit(placement: Placement, dims: list[dict[Any, Cut]] | None) -> Place
     """A parameter's shard with the finest block known for its dim, for printing."""
     if not isinstance(placement, Shard) or dims is None:
         return placement
-    cut = dims[placement.dim].get(placement.segments)
-    return Shard(placement.dim, placement.segments, cut.unit) if cut else placement
+    cut = dims[placement.dim].get((placement.segments, placement.piece))
+    return replace(placement, unit=cut.unit) if cut else placement

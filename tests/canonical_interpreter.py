@@ -41,10 +41,16 @@ def _call(node: fx.Node, values: dict[fx.Node, Any], fuse: bool) -> Any:
     if fuse and node.meta.get("fused"):
         product, bias = node.args
         assert isinstance(product, fx.Node) and product.name == node.meta["bias_of"]
+        if node.meta["fused"] == "convolution":
+            args, kwargs = fx.node.map_arg((product.args, product.kwargs), values.__getitem__)
+            return product.target(*args[:2], values[bias].flatten(), *args[3:], **kwargs)
         first, second = (values[arg] for arg in product.args)
+        rows = first.flatten(0, -2) if node.meta.get("flat") else first
         if node.meta["fused"] == "linear":
-            return aten.linear.default(first, second, values[bias])
-        return aten.addmm.default(values[bias], first, second)
+            result = aten.linear.default(rows, second, values[bias])
+        else:
+            result = aten.addmm.default(values[bias], rows, second)
+        return result.unflatten(0, first.shape[:-1]) if node.meta.get("flat") else result
     return node.target(*args, **kwargs)
 
 

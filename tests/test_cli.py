@@ -184,12 +184,31 @@ def test_timeline_and_diff_read_saved_plans(folder, capsys):
             == 0
         )
     status, out, _ = run(capsys, "timeline", "--plan", "gpipe.json")
-    assert status == 0 and out.splitlines()[-2].startswith("stage 0  ")
+    assert status == 0 and "\nstage 0  " in out and "\nrank 1  " in out
     status, out, _ = run(capsys, "diff", "1f1b.json", "gpipe.json")
     assert status == 0 and "schedule" in out
 
 
+def test_a_timeline_is_drawn_and_measured(folder, capsys):
+    files = [word for kind in ("svg", "html", "trace") for word in (f"--{kind}", f"a.{kind}")]
+    status, out, err = run(capsys, "timeline", "net.py:example", "--pp", "2", "--microbatches", "2", *files)
+    assert (status, err) == (0, "") and out.endswith("wrote a.svg\nwrote a.html\nwrote a.trace\n")
+    assert "predicted " in out and "measured " not in out
+    assert (folder / "a.svg").read_text().startswith("<svg ")
+    assert (folder / "a.html").read_text().startswith("<!doctype html>")
+    assert "traceEvents" in json.loads((folder / "a.trace").read_text())
+    status, out, err = run(capsys, "timeline", "net.py:example", "--pp", "2", "--microbatches", "2", "--measure", *files)
+    assert (status, err) == (0, "") and "\nmeasured " in out and out.count("\nrank 1 ") == 2
+    assert "measured" in (folder / "a.html").read_text() and "measured" in (folder / "a.svg").read_text()
+    status, out, _ = run(capsys, "timeline", "net.py:example", "--pp", "2", "--measure", "--json")
+    spans = json.loads(out)
+    assert status == 0 and set(spans) == {"predicted", "measured"}
+    assert {span["rank"] for span in spans["measured"]} == {0, 1}
+
+
 BAD = {
+    "measure a saved plan": (["timeline", "--plan", "p.json", "--measure"], "--measure needs a TARGET", "no weights"),
+    "draw into no folder": (["timeline", "net.py:example", "--svg", "no/such.svg"], "no/such.svg", "no folder"),
     "degree 0": (["plan", "net.py:example", "--tp", "0"], "--tp", "positive"),
     "degree not an int": (["plan", "net.py:example", "--pp", "2.5"], "--pp", "'2.5'"),
     "no command": ([], "COMMAND", "--help"),

@@ -126,14 +126,14 @@ MUTATIONS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Break]] = {
 }  # fmt: skip
 
 
-def report_of(name: str) -> autopar.Report:
+def report_of(name: str, dtype: torch.dtype = torch.float32) -> autopar.Report:
     build, placements, _ = MUTATIONS[name]
     batch = (
         gpt_batch(rows=4, tokens=8)
         if build is gpt
-        else {"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(1))}
+        else {"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)}
     )
-    return autopar.verify(build(), batch, tp=2, microbatches=2, overrides={"placements": placements})
+    return autopar.verify(build().to(dtype), batch, tp=2, microbatches=2, overrides={"placements": placements})
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -147,3 +147,40 @@ def test_verify_reports_each_broken_rule_and_nothing_else(name: str, monkeypatch
     assert max(report.worst.relative, report.loss_difference / abs(report.loss_reference)) > 1e-2
     monkeypatch.undo()
     assert report_of(name).ok
+
+
+@pytest.mark.parametrize("name", list(MUTATIONS)[:5])
+def test_in_bf16_too_though_more_may_differ(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = report_of(name, torch.bfloat16)
+    assert report.ok and "in float64" in str(report), report
+    assert 0.02 < report.tolerance < 0.1
+    MUTATIONS[name][2](monkeypatch)
+    report = report_of(name, torch.bfloat16)
+    assert not report.ok and "DIFFERENT" in str(report), report
+    assert any(not difference.ok for difference in report.differences)
+
+
+class SmallBias(nn.Module):
+    """A bias of three numbers that is whole on every rank and meets the heads of that rank only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        self.up, self.bias, self.down = nn.Linear(8, 12), nn.Parameter(torch.randn(3)), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.up(self.layers(x)).unflatten(-1, (4, 3)) + self.bias
+        return self.down(heads.tanh().flatten(-2)).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_the_sum_that_one_small_bias_lacks_is_reported(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = {"x": torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)}
+    options: dict[str, Any] = {"tp": 2, "overrides": {"placements": {"up.weight": "12/tp 8", "bias": "3"}}}
+    report = autopar.verify(SmallBias().to(dtype), batch, **options)
+    assert report.ok and any("bias" in stage.partial_gradients for stage in report.plan.stages), report
+    no_partial_gradients(monkeypatch)
+    report = autopar.verify(SmallBias().to(dtype), batch, **options)
+    assert {difference.name for difference in report.differences if not difference.ok} == {"bias"}, report
+    assert not report.ok and report.worst.name == "bias"

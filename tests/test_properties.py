@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from rank_threads import rank_threads
 from torch import Tensor, fx, nn
 
-from passes import contraction_patterns, reshard
+from passes import contraction_patterns, placement, reshard
 from passes.ir import TensorType, is_state, is_trainable, tensor_inputs
 from passes.localize import localize
 from passes.patterns import elementwise
 from passes.placement import COPIED, PARTIAL, REPLICATE, Placement, Shard, local_shard, whole_tensor
 from passes.reshard import RESHARDS, find_reshard
-from passes.rules import RULES, OpRule, Strategy, call_of, strategies
+from passes.rules import RULES, OpRule, Strategy, call_of, strategies, zero_padded
 from passes.shard import ShardPlan, _binding, _Cuts, depends_on_parameters, is_call, value_of
 
 aten = torch.ops.aten
@@ -344,7 +344,7 @@ def random_plan(net: Net, axis_size: int, choose: random.Random) -> ShardPlan:
     bindings = {
         node: bound for node, call in nodes.items() if node in parametric and (bound := _binding(call)) is not None
     }
-    cuts = _Cuts(bindings)
+    cuts, zeros = _Cuts(bindings, axis_size), zero_padded(net.graph)
     options: dict[fx.Node, list[Strategy]] = {}
     wanted: dict[fx.Node, set[Placement]] = {}
     for node, call in nodes.items():
@@ -354,6 +354,7 @@ def random_plan(net: Net, axis_size: int, choose: random.Random) -> ShardPlan:
                 RULES[node.target] if node in bindings else None, call, axis_size=axis_size,
                 differentiable=tuple(is_trainable(arg) for arg in tensor_inputs(node)), result_differentiable=is_trainable(node),
                 cuts=cuts.for_call(node), splittable=lambda size: True,
+                zeros=tuple(arg in zeros for arg in tensor_inputs(node)),
             )  # fmt: skip
         for strategy in options[node]:
             for arg, placement in zip(tensor_inputs(node), strategy.inputs, strict=True):
@@ -438,6 +439,7 @@ def check(choose: random.Random, calls: int, axis_size: int, seen: Counter[str])
     for node in local.nodes:
         if node.op == "call_function":
             seen[node.meta["reshard"].function.__name__ if node.meta.get("reshard") else str(node.target)] += 1
+            seen["padded"] += bool(node.meta.get("padded"))
             if node.meta.get("reshard"):
                 row = node.meta["reshard"]
                 seen[f"{row.have.__name__} -> {row.want.__name__}"] += 1
@@ -479,6 +481,7 @@ def test_any_legal_plan_equals_the_whole_graph() -> None:
     rows = [f"{row.have.__name__} -> {row.want.__name__}" for row in RESHARDS]
     assert [row for row in rows if not seen[row]] == []
     assert sum(name.startswith("aten.") for name in seen) >= 45
+    assert seen["padded"] >= 50, "parameters that the axis does not divide"
 
 
 def _forgotten(ctx: Any, *grads: Tensor) -> Any:
@@ -504,6 +507,15 @@ def test_a_broken_rule_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(globals(), "STEPS", (step, step, step, linear, binary))
     property_holds(30)
     monkeypatch.setitem(RULES, rule.op, rule)
+    with pytest.raises(AssertionError):
+        property_holds(EXAMPLES, shrink=False)
+
+
+def test_padding_that_is_not_zero_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ones(part: Tensor, count: int, dim: int) -> Tensor:
+        return torch.nn.functional.pad(part, [0, 0] * (part.ndim - 1 - dim) + [0, count], value=1.0)
+
+    monkeypatch.setattr(placement, "_with_zeros", ones)
     with pytest.raises(AssertionError):
         property_holds(EXAMPLES, shrink=False)
 

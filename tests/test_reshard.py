@@ -6,6 +6,7 @@ import pytest
 import torch
 from rank_threads import rank_threads
 
+from costmodel.errors import UnevenShard
 from costmodel.hardware import hardware
 from passes.placement import (
     COPIED,
@@ -16,12 +17,15 @@ from passes.placement import (
     Placement,
     Replicate,
     Shard,
+    in_units,
+    is_padded,
     local_shard,
     whole_tensor,
 )
-from passes.reshard import RESHARDS, find_reshard, reshard_seconds
+from passes.reshard import RESHARDS, UNPADDED, find_reshard, reshard_seconds, take_shard
 
 SHAPE = (12, 6, 18)
+UNEVEN = (18, 7, 12)  # on 4 ranks: 18 rows, 7 columns, 6 heads of 2
 SHARDS = [Shard(0), Shard(1), Shard(2), Shard(0, 2), Shard(2, 3), Shard(0, (6, 6)), Shard(2, (6, 12))]
 DUAL: dict[type, Placement] = {
     Replicate: REPLICATE,
@@ -34,11 +38,13 @@ def spread(whole: torch.Tensor, placement: Placement, axis_size: int) -> list[to
     if placement == PARTIAL:
         parts = [torch.randn_like(whole) for _ in range(axis_size - 1)]
         return [*parts, whole - sum(parts)]
-    return [local_shard(whole, placement, axis_size=axis_size, coord=coord) for coord in range(axis_size)]
+    return [local_shard(whole, placement, axis_size=axis_size, coord=coord, padded=True) for coord in range(axis_size)]
 
 
 def check_means(pieces: list[torch.Tensor], placement: Placement, whole: torch.Tensor) -> None:
-    for together in [whole_tensor(pieces, placement)] if isinstance(placement, (Shard, Partial)) else pieces:
+    if isinstance(placement, Shard):
+        pieces = [whole_tensor(pieces, placement, whole.shape[placement.dim])]
+    for together in [whole_tensor(pieces, placement)] if isinstance(placement, Partial) else pieces:
         torch.testing.assert_close(together, whole, rtol=0, atol=1e-12)
 
 
@@ -46,14 +52,24 @@ def choices(kind: type) -> list[Placement]:
     return list(SHARDS) if kind is Shard else [{Replicate: REPLICATE, Copied: COPIED, Partial: PARTIAL}[kind]]
 
 
-def check_row(row, have: Placement, want: Placement, axis_size: int) -> None:
-    value, gradient = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
+def padded_sizes(shape: tuple[int, ...], placements: tuple[Placement, Placement], axis_size: int) -> tuple[int | None, ...]:
+    """The true sizes of the dims that are split, where they are padded."""
+    sizes = [shape[p.dim] if isinstance(p, Shard) else 0 for p in placements]
+    return tuple(size if is_padded(size, p, axis_size) else None for size, p in zip(sizes, placements, strict=True))
+
+
+def check_row(row, have: Placement, want: Placement, axis_size: int, shape: tuple[int, ...] = SHAPE) -> None:
+    value, gradient = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     pieces = spread(value, have, axis_size)
     gradients = spread(gradient, DUAL.get(type(want), want), axis_size)
+    sizes = padded_sizes(shape, (have, want), axis_size)
+    if isinstance(have, Shard) and sizes[0] is not None:  # what stands in padding must not matter
+        mask = spread(torch.ones(shape, dtype=torch.bool), have, axis_size)
+        pieces = [torch.where(true, piece, 1e3) for piece, true in zip(pieces, mask, strict=True)]
 
     def run(axis):
         x = pieces[axis.coord].clone().requires_grad_()
-        y = row.function(x, axis, **row.arguments(have, want))
+        y = row.function(x, axis, **row.arguments(have, want, sizes))
         (grad,) = torch.autograd.grad(y, x, gradients[axis.coord])
         assert torch.equal(x, pieces[axis.coord])  # not changed in place
         return y.detach(), grad
@@ -61,6 +77,10 @@ def check_row(row, have: Placement, want: Placement, axis_size: int) -> None:
     results, grads = zip(*rank_threads(axis_size).run(run), strict=True)
     check_means(list(results), want, value)
     check_means(list(grads), DUAL.get(type(have), have), gradient)
+    for placement, whole, given in ((want, value, results), (have, gradient, grads)):
+        if isinstance(placement, Shard):  # padding that a reshard makes is zero, of values and of gradients
+            for found, expected in zip(given, spread(whole, placement, axis_size), strict=True):
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("axis_size", [2, 3])
@@ -70,6 +90,24 @@ def test_a_reshard_keeps_the_value_and_the_gradient(row, axis_size):
     for have, want in itertools.product(choices(row.have), choices(row.want)):
         if find_reshard(have, want) is not None:
             check_row(row, have, want, axis_size)
+
+
+PADDED = [Shard(0), Shard(1), in_units(2, 12, 1, 2, axis_size=4), Shard(0, (4, 14)), in_units(0, 18, 3, 2, axis_size=4)]
+
+
+@pytest.mark.parametrize("row", RESHARDS, ids=lambda row: f"{row.have.__name__}-{row.want.__name__}")
+def test_a_reshard_of_dims_that_the_axis_does_not_divide(row):
+    torch.manual_seed(0)
+    choices_of = {Shard: [*PADDED, Shard(2)]}
+    for have in choices_of.get(row.have) or choices(row.have):
+        for want in choices_of.get(row.want) or choices(row.want):
+            if find_reshard(have, want) is not None:
+                check_row(row, have, want, 4, UNEVEN)
+
+
+def test_a_dim_that_does_not_fit_and_was_not_planned_so_is_an_error():
+    with pytest.raises(UnevenShard, match="over 2 ranks"):
+        rank_threads(2).run(lambda axis: take_shard(torch.zeros(3), axis, dim=0))
 
 
 def test_a_wrong_row_is_caught():
@@ -83,7 +121,7 @@ def test_a_wrong_row_is_caught():
         pairs += 1
         try:
             swapped = type(right)(
-                right.have, right.want, wrong.function, lambda h, w, row=wrong: row.arguments(*_own(row)), "", ""
+                right.have, right.want, wrong.function, lambda h, w, sizes, row=wrong: row.arguments(*_own(row)), "", ""
             )
             check_row(swapped, have, want, 2)
         except (AssertionError, RuntimeError):
@@ -91,9 +129,9 @@ def test_a_wrong_row_is_caught():
     assert pairs > 50 and caught == pairs
 
 
-def _own(row) -> tuple[Placement, Placement]:
+def _own(row) -> tuple[Placement, Placement, tuple[None, None]]:
     have = choices(row.have)[0]
-    return have, next(want for want in reversed(choices(row.want)) if find_reshard(have, want))
+    return have, next(want for want in reversed(choices(row.want)) if find_reshard(have, want)), UNPADDED
 
 
 def test_the_pairs_without_a_row_are_the_documented_ones():

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from rule_check import Case, Example, above, below, buffer, call, check, f, flags, unit
+from rule_check import Case, Example, above, below, buffer, call, check, f, flags, offsets, unit
+from rule_examples import FURTHER
 
 from costmodel.errors import BadArgument
-from passes import contraction_patterns, patterns, rules
+from passes import contraction_patterns, index_patterns, patterns, rules
 from passes.contraction_patterns import NONE, SUM
 from passes.patterns import elementwise
-from passes.rules import RULES, OpRule, register
+from passes.rules import RULES, OpRule, register, rule_of
 
 aten = torch.ops.aten
-F64 = torch.float64
+F32, F64 = torch.float32, torch.float64
 
 # ---- examples: op -> calls
 # ------------------------------------------------------------------------------------------------
@@ -110,7 +111,8 @@ EXAMPLES: dict[str, list[Example]] = {
     "cat": [call([f(6, 6), f(6, 12)], 1), call([f(6, 6), f(6, 6)], -1), call([f(6), f(12)])],
     "stack": [call([X, X], 1), call([X, X, X])],
     "glu": [call(f(6, 24)), call(f(12, 6), 0)],
-    "slice.Tensor": [call(X, 1, 2, 7), call(X, 0, 0, 3), call(X)],
+    "slice.Tensor": [call(X, 1, 2, 7), call(X, 0, 0, 3), call(X), call(f(6, 24), 1, 0, 24, 2),
+        call(f(6, 24), -1, 1, 2**63 - 1, 2), call(f(6, 24), 1, 2, 24, 2), call(f(6, 24), 1, 0, 12, 2), call(f(18, 6), 0, 2, None, 3)],
     "select.int": [call(f(6, 3, 12), 1, 1)],
     "slice_scatter": [call(X, f(6, 4), 1, 2, 6), call(X, f(3, 12), 0, 1, 4)],
     "select_scatter": [call(X, f(6), 1, 3)],
@@ -145,12 +147,23 @@ EXAMPLES: dict[str, list[Example]] = {
         call(f(6, 12, 4, 2), f(6, 6, 5, 2), f(6, 6, 5, 2), f(6, 12, 1, 5), enable_gqa=True),
         call(f(6, 4, 2), f(6, 5, 2), f(6, 5, 2), f(4, 5)),
     ],
+    "_grouped_mm": [
+        call(f(7, 24), f(3, 24, 48), offsets(7, 3), floats=F32), call(f(24, 8), f(8, 48), offsets(8, 2), floats=F32),
+        call(f(3, 24, 48), f(48, 8), offsets(8, 3), floats=F32), call(f(3, 24, 48), f(3, 48, 24), floats=F32),
+    ],
+    "conv_transpose1d": [call(f(6, 6, 8), f(6, 12, 3)), call(f(6, 6, 8), f(6, 12, 3), f(12), [2], [1])],
+    "conv_transpose2d.input": [
+        call(f(2, 12, 4, 4), f(12, 6, 3, 3), f(12), [2, 2], [1, 1], [1, 1], 2),
+        call(f(2, 12, 4, 4), f(12, 6, 3, 3), None, [2, 2], [1, 1], [1, 1], 6),
+        call(f(12, 4, 4), f(12, 1, 3, 3), None, groups=12)],
+    "conv_transpose3d.input": [call(f(2, 6, 3, 3, 3), f(6, 6, 2, 2, 2))],
     "conv1d": [call(f(6, 6, 8), f(12, 6, 3)), call(f(6, 6, 8), f(12, 6, 3), f(12), [2], [1]),
         call(f(6, 24, 8), f(12, 12, 3), None, [1], [1], [1], 2)],
     "conv2d": [call(f(2, 6, 5, 5), f(12, 6, 3, 3)), call(f(6, 6, 5, 5), f(6, 6, 3, 3), f(6), [2, 2], [1, 1]),
         call(f(6, 5, 5), f(12, 6, 3, 3)),
                call(f(2, 12, 4, 4), f(24, 6, 3, 3), f(24), [1, 1], [1, 1], [1, 1], 2),
-               call(f(2, 6, 4, 4), f(6, 1, 3, 3), None, [1, 1], [1, 1], [1, 1], 6)],
+               call(f(2, 6, 4, 4), f(6, 1, 3, 3), None, [1, 1], [1, 1], [1, 1], 6),
+               call(f(2, 24, 4, 4), f(12, 2, 3, 3), f(12), groups=12)],
     "conv3d": [call(f(2, 6, 3, 3, 3), f(6, 6, 2, 2, 2))],
     # reductions
     "sum": [call(X)],
@@ -189,7 +202,8 @@ EXAMPLES: dict[str, list[Example]] = {
     "cumsum": [call(f(6, 3, 12), 1)],
     "layer_norm": [call(f(6, 2, 12), [12], f(12), f(12)), call(f(6, 2, 12), [2, 12]), call(X, [12], f(12))],
     "rms_norm": [call(f(6, 2, 12), [12], f(12), 1e-5), call(X, [12])],
-    "group_norm": [call(f(6, 12, 3, 3), 2, f(12), f(12)), call(f(6, 12, 3), 3)],
+    "group_norm": [call(f(6, 12, 3, 3), 2, f(12), f(12)), call(f(6, 12, 3), 3), call(f(2, 12, 3), 6, f(12), f(12)),
+        call(f(6, 12), 12, f(12))],
     "batch_norm": [call(f(6, 12, 3, 3), f(12), f(12), buffer(12), buffer(12), training, 0.1, 1e-5,
         False) for training in (True, False)]
                   + [call(f(6, 12), f(12), f(12), None, None, True, 0.1, 1e-5, False),
@@ -273,7 +287,9 @@ def examples(op: Any) -> list[Example]:
     for key in (full, f"{name}.{overload}"):
         if key in EXAMPLES:
             return EXAMPLES[key]
-    if op not in {row.op for row in rules.ELEMENTWISE}:
+        if key in FURTHER:
+            return FURTHER[key]
+    if RULES[op].annotation is not elementwise:
         return []
     tensors = [a for a in op._schema.arguments if str(a.type) == "Tensor" and not a.kwarg_only]
     first = unit(6, 12) if name in _POSITIVE else f(6, 12)
@@ -292,6 +308,32 @@ def test_every_strategy_of_every_row_equals_the_whole_op(row):
     assert not free or any(
         binding.sizes[name] % 6 == 0 for binding in bindings for group in binding.choices for name in group
     ), f"no example of {row.op} can be split: give it dims of 6 or 12"
+
+
+def _library_op(name: str) -> Any:
+    import transformers.integrations.moe  # noqa: F401 - it makes the ops
+
+    namespace, _, op = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), op).default
+
+
+LIBRARY_EXAMPLES = {
+    "transformers::grouped_mm_fallback": [call(f(7, 12), f(3, 12, 6), offsets(7, 3)),
+        call(f(7, 6), f(3, 6, 12), offsets(5, 3))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", rules.LIBRARY_ROWS)
+def test_rows_of_ops_that_other_libraries_bring(name):
+    op = _library_op(name)
+    row = rule_of(op)
+    for example in LIBRARY_EXAMPLES[name]:
+        for axis_size in (2, 3):
+            assert {("k",), ("n",)} == check(row, example, axis_size)
+    assert op not in RULES
+    wrong = OpRule(op, "t k, [e] k n, [e] -> t n")
+    with pytest.raises(AssertionError, match=r"ranks, Strategy"):
+        check(wrong, call(f(6, 12), f(3, 12, 6), offsets(6, 3)), 2)
 
 
 # ---- rows that are wrong
@@ -347,6 +389,24 @@ WRONG: list[tuple[str, OpRule, Example]] = [
         call(f(6, 24))),
     ("statistics of a part of the batch", OpRule(aten.batch_norm.default, "n c, c, c, [m], [v] -> n c"),
      call(f(6, 12), f(12), f(12), buffer(12), buffer(12), True, 0.1, 1e-5, False)),
+    ("groups split and not counted", OpRule(aten.conv2d.default, contraction_patterns.convolution),
+        call(f(2, 12, 4, 4), f(12, 1, 3, 3), None, [1, 1], [1, 1], [1, 1], 12)),
+    ("channels of other groups", OpRule(aten.conv2d.default, "n c [x] [y], o i [k] [l] -> n o [z] [w]"),
+        call(f(2, 12, 4, 4), f(12, 6, 3, 3), None, [1, 1], [1, 1], [1, 1], 2)),
+    ("a bias of a convolution on every rank", OpRule(aten.conv_transpose1d.default, "n i [x], i o [k], o -> n o [y]"),
+        call(f(6, 6, 8), f(6, 12, 3), f(12))),
+    ("tokens of other experts", OpRule(aten._grouped_mm.default, "t k, [e] k n, [e] -> t n"),
+        call(f(12, 24), f(3, 24, 48), offsets(12, 3), floats=F32)),
+    ("every second entry of another half", OpRule(aten.slice.Tensor, lambda call: ("a ([s] d) -> a d", (("s", 2),))),
+        call(f(6, 24), 1, 0, 24, 2)),
+    ("a transform of a part", OpRule(aten._fft_r2c.default, lambda call: ("a (d [k]) -> a d", (("k", 1),))),
+        call(f(6, 12), [1], 0, False)),
+    ("a norm of a part of a row", OpRule(aten._weight_norm_interface.default, "a b, a 1 -> a b, a 1"), call(f(6, 12), f(6, 1))),
+    ("places in bags as sums", OpRule(aten.embedding_bag.default, index_patterns.bags),
+        call(f(5, 12), below(5, 9), Example.counts(0, 4), False, 1)),
+    ("a matrix split in rows", OpRule(aten._linalg_det.default, lambda call: "b m [n] -> b, b m [n], b [n]"), call(f(1, 6, 6))),
+    ("written rows of another shard", OpRule(aten.index_copy.default, "d c, [s], [s] c -> d c"),
+        call(X, 0, Example.counts(0, 3), f(2, 12))),
     ("groups of channels", OpRule(aten.group_norm.default, "n c [d], c, c -> n c [d]"),
         call(f(6, 12, 4), 2, f(12), f(12))),
     ("a dim that a shard makes vanish", OpRule(aten.squeeze.dim, patterns.reshape, linear="sum"), call(f(2, 12), 0)),
@@ -367,7 +427,7 @@ def test_a_wrong_row_is_caught(why, row, example):
 def test_a_row_added_from_outside_and_a_row_that_exists():
     with pytest.raises(BadArgument, match="already has a rule"):
         register(aten.relu.default, "... -> ...")
-    op = aten.special_entr.default
+    op = aten.special_modified_bessel_k0.default
     assert op not in RULES
     try:
         register(op, "... -> ...")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 from typing import Any
@@ -26,9 +27,9 @@ from passes.ir import Size, TensorType, calls, is_state, is_trainable, size_symb
 from passes.local_ops import sharded_cross_entropy, sharded_embedding
 from passes.localize import localize
 from passes.loss import weigh_loss
-from passes.placement import COPIED, REPLICATE, Placement, Shard, notation
+from passes.placement import COPIED, REPLICATE, Placement, Shard, local_type, notation
 from passes.reshard import collective_seconds
-from passes.rules import RULES, Strategy, call_of, strategies
+from passes.rules import RULES, Strategy, call_of, strategies, zero_padded
 from passes.shard import shard
 
 aten = torch.ops.aten
@@ -204,7 +205,7 @@ def objective_of_the_best(
     nodes = [n for n in calls(graph) if n in parametric]
     params = [n for n in graph.nodes if is_state(n)]
     bindings = {n: RULES[n.target].binding(call_of(n)) for n in nodes}
-    cuts = shard_pass._Cuts(bindings)
+    cuts, zeros = shard_pass._Cuts(bindings, axis_size), zero_padded(graph)
     domains: dict[fx.Node, list[Any]] = {}
     for n in nodes:
         flags = tuple(is_trainable(a) for a in tensor_inputs(n))
@@ -216,6 +217,7 @@ def objective_of_the_best(
             result_differentiable=is_trainable(n),
             cuts=cuts.for_call(n),
             splittable=lambda size: isinstance(size, int) or is_tokens(size),
+            zeros=tuple(a in zeros for a in tensor_inputs(n)),
         )
         domains[n] = list(dict.fromkeys(found))
     users: dict[fx.Node, list[fx.Node]] = {}
@@ -257,11 +259,7 @@ def objective_of_the_best(
 
     def of_parameter(node: fx.Node, placement: Placement) -> tuple[float, float]:
         value = tensor_type(node)
-        held = (
-            value.shape[0]
-            * (value.shape[1] if len(value.shape) > 1 else 1)
-            // (axis_size if isinstance(placement, Shard) else 1)
-        )
+        held = math.prod(local_type(value, {"tp": placement}, {"tp": axis_size}).shape)
         if not is_trainable(node):
             return 0.0, 4.0 * held
         owed = all_reduce_seconds(value) if placement == COPIED else 0.0

@@ -4,6 +4,7 @@ of its own."""
 from __future__ import annotations
 
 import pytest
+import torch
 from zoo import LAYOUTS, ZOO
 from zoo_table import measure
 
@@ -15,8 +16,10 @@ QUICK = (
     ("class_weights", 1, 4), ("moving_average", 1, 4), ("other_types", 1, 4), ("shared_parameters", 1, 4),
     ("fixed_batch", 1, 2), ("autocast", 2, 2), ("odd_sizes", 4, 1), ("gpt2-eager", 2, 2), ("mistral-sdpa", 4, 1),
     ("phi3-sdpa", 2, 2), ("mixtral-sdpa", 2, 1), ("bert-sdpa", 2, 2), ("t5-sdpa", 2, 2), ("vit-sdpa", 1, 4),
-    ("whisper-sdpa", 2, 1),
+    ("whisper-sdpa", 2, 1), ("time_first", 2, 2), ("teacher", 2, 2), ("computed_weights", 2, 1), ("complex_rotary", 2, 2),
 )  # fmt: skip
+# In bf16: two loss terms from two stages, a ReLU near zero, batch statistics, deep cancellation.
+QUICK_BF16 = (("keyword_only", 1, 4), ("transformer", 2, 1), ("resnet_training", 2, 1), ("t5-sdpa", 2, 2))
 EVERY = tuple((name, tp, pp) for name in ZOO for tp, pp in LAYOUTS)
 
 
@@ -29,5 +32,15 @@ def test_the_parallel_model_equals_the_untouched_one(name: str, tp: int, pp: int
     assert row.report.ok, str(row.report)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"), [pytest.param(*case, marks=() if case in QUICK_BF16 else pytest.mark.slow) for case in EVERY]
+)
+def test_in_bf16_it_rounds_no_worse_than_the_untouched_one(name: str, tp: int, pp: int) -> None:
+    row = measure(name, tp, pp, torch.bfloat16)
+    assert "in float64" in row.report.criterion, "no higher precision could run the model"
+    assert row.report.ok, str(row.report)
+
+
 def test_the_quick_cases_are_cases() -> None:
-    assert set(QUICK) <= set(EVERY)
+    assert {*QUICK, *QUICK_BF16} <= set(EVERY)

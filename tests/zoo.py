@@ -278,7 +278,11 @@ def keyword_only() -> Example:
 def corner(kind: Callable[[], nn.Module]) -> Example:
     """A model of tests/zoo_corners.py with tensors for the arguments that its forward names."""
     model = kind()
-    size = {zoo_corners.SharedParameters: (6, 5, 32), zoo_corners.OddSizes: (6, 18)}.get(kind, (6, 16))
+    sizes = {
+        zoo_corners.SharedParameters: (6, 5, 32), zoo_corners.OddSizes: (6, 18), zoo_corners.TimeFirst: (5, 4, 32),
+        zoo_corners.ComplexRotary: (6, 5, 32),
+    }  # fmt: skip
+    size = sizes.get(kind, (6, 16))
     given = {"x": _floats(*size), "y": _floats(*size, seed=1), "labels": _tokens(6, 1, 16)[:, 0]}
     return Example(model, {name: given[name] for name in inspect.signature(model.forward).parameters})
 
@@ -350,7 +354,7 @@ def gpt_neox(attention: str) -> Example:
 
 
 def mixtral(attention: str) -> Example:
-    """Experts in their grouped form: sorted tokens, one op of the library's own for all experts, which has no rule."""
+    """Experts in their grouped form: sorted tokens, one op of the library's own for all experts."""
     return _language("Mixtral", attention, **_SMALL, num_key_value_heads=2, num_local_experts=4)
 
 
@@ -418,19 +422,60 @@ def whisper(attention: str) -> Example:
     )
 
 
+def mpt(attention: str) -> Example:
+    """Positions as a bias of the scores, growing with distance (ALiBi); no biases."""
+    return _language("Mpt", attention, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=64)
+
+
+def gptj(attention: str) -> Example:
+    """Attention and MLP side by side on one norm, interleaved rotary positions."""
+    return _language("GPTJ", attention, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, vocab_size=64)
+
+
+def deepseek_v3(attention: str) -> Example:
+    """Latent attention (queries, keys and values by low rank), a shared expert beside routed ones."""
+    return _language(
+        "DeepseekV3", attention, **_SMALL, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, first_k_dense_replace=1,
+    )  # fmt: skip
+
+
+def mamba(attention: str) -> Example:
+    """No attention: a short convolution and a recurrence over the sequence."""
+    return _language("Mamba", attention, hidden_size=32, state_size=8, num_hidden_layers=2, vocab_size=64)
+
+
+def swin(attention: str) -> Example:
+    """Attention in windows that shift, patches merged between stages."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=8,
+        attn_implementation=attention,
+    )  # fmt: skip
+    return Example(
+        SwinForImageClassification(config).eval(),
+        {"pixel_values": _floats(4, 3, 16, 16), "labels": _tokens(4, 1, 8)[:, 0]},
+    )
+
+
 _PLAIN = (
     mlp, multihead_attention, attention_weights, transformer_encoder, transformer, gpt, gpt_by_hand, resnet,
     resnet_training, unet, lstm, two_towers, keyword_only,
 )  # fmt: skip
-_HUGGING_FACE = (gpt2, llama, mistral, qwen3, gemma2, phi3, gpt_neox, mixtral, mixtral_batched, bert, t5, vit, whisper)
+_HUGGING_FACE = (
+    gpt2, llama, mistral, qwen3, phi3, gpt_neox, mixtral, mixtral_batched, bert, t5, vit, whisper, deepseek_v3,
+)  # fmt: skip
+_HUGGING_FACE_EAGER = (gemma2, mpt, gptj, mamba, swin)  # all that the library has for them
 
 ZOO: dict[str, Callable[[], Example]] = {build.__name__: build for build in _PLAIN}
 ZOO |= {re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower(): partial(corner, kind) for kind in _CORNERS}
 ZOO |= {
     f"{build.__name__}-{attention}": partial(build, attention)
-    for build in _HUGGING_FACE
+    for build in (*_HUGGING_FACE, *_HUGGING_FACE_EAGER)
     for attention in ("sdpa", "eager")
-    if (build, attention) != (gemma2, "sdpa")  # soft caps: eager is all that the library has
+    if attention == "eager" or build not in _HUGGING_FACE_EAGER
 }
 
 LAYOUTS = ((2, 1), (4, 1), (1, 2), (1, 4), (2, 2))  # (tp, pp)

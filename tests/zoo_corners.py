@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Stack(nn.Module):
@@ -128,3 +129,87 @@ class OddSizes(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(self.layers(x), y)
+
+
+class TimeFirst(nn.Module):
+    """Dim 0 is time, as torch's own transformer layers have it by default: attention looks across rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0) for _ in range(2))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return F.mse_loss(x, y)
+
+
+class RolledRows(Stack):
+    """Every row is compared with the next row of the batch; the shapes do not show it."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self.run(x)
+        return F.triplet_margin_loss(x, y, x.roll(1, 0))
+
+
+class Teacher(Stack):
+    """Labels from a part that runs in inference mode, checks of values, checkpointed parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            labels = self.teacher(x)
+        if labels.isnan().any():
+            raise ValueError("the teacher diverged")
+        assert (labels < 1e9).all() and not x.isinf().any()
+        x = self.blocks[0](x)
+        for block in self.blocks[1:]:
+            x = x + checkpoint(block, x, use_reentrant=True)
+        return F.mse_loss(x, labels.clone())
+
+
+class ComputedWeights(nn.Module):
+    """Weights computed from parameters in forward, a submodule called with other weights, sparse gradients, one module
+    at two depths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 16, sparse=True)
+        self.bags = nn.EmbeddingBag(16, 16)
+        self.first = nn.utils.weight_norm(nn.Linear(16, 32))
+        self.second = nn.utils.parametrizations.weight_norm(nn.Linear(32, 16))
+        self.change = nn.Parameter(torch.randn(32, 16) * 0.1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.second(self.first(x).relu())
+        changed = {"weight": self.first.weight + self.change}
+        hidden = torch.func.functional_call(self.first, changed, (self.embed(labels),), tie_weights=False)
+        return F.cross_entropy(x + self.second(hidden) + self.bags(labels[:, None]), labels)
+
+
+class ComplexRotary(nn.Module):
+    """Rotary positions by complex numbers, linear attention by running sums, einsum."""
+
+    def __init__(self, dim: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        angles = torch.outer(torch.arange(16.0), 1.0 / 10 ** (torch.arange(0, 8, 2) / 8))
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles), persistent=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+
+        def turned(part: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(part.unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * self.turns[: x.shape[1], None]).flatten(-2)
+
+        q, k = F.elu(turned(q)) + 1, F.elu(turned(k)) + 1
+        memory = torch.einsum("bthd,bthe->bthde", k, v).cumsum(1)
+        scale = torch.einsum("bthd,bthd->bth", q, k.cumsum(1))
+        mixed = torch.einsum("bthd,bthde->bthe", q, memory) / scale.unsqueeze(-1)
+        return F.mse_loss(self.out(mixed.flatten(2)), y)

@@ -1,18 +1,21 @@
-"""The end of a step: gradients that several ranks hold parts of, summed once.
+"""Gradients that several stages or ranks hold parts of, summed once.
 
 Design note. Two kinds: a tied weight is used by several stages, each with a gradient of its own; a partial gradient
 is of a parameter that is whole on each tensor-parallel rank but was used on a part of the values there. Only this
 step's part may be summed: what earlier steps left in `.grad` has been summed already, so it is set aside when the
 step begins and added back at its end.
 
-Exact tied sums (`TIED_EXACT`) keep the gradient of each microbatch and exchange all of them. One process that runs
-microbatch after microbatch adds, per microbatch, the gradients of all uses (the last use first) and then that sum to
-`.grad`; adding in any other order rounds differently. Without it, one accumulated gradient is exchanged.
+Exact tied sums (`TIED_EXACT`). One process that runs microbatch after microbatch adds, per microbatch, the gradients of
+all uses (the last use first) and then that sum to `.grad`; adding in any other order rounds differently. So each stage's
+gradient of each microbatch is kept apart. Where all stages that use a weight are on this rank (the first and the last
+in a V), the sum is made as soon as the last of them has its part, and as many gradients are kept as microbatches are
+in flight. Between ranks all of them are exchanged at the end of the step. Without exact sums one accumulated gradient
+per rank is exchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -22,19 +25,115 @@ from autopar.runtime.world import World
 _TIED_TAG = 1 << 29
 
 
-class GradientSums:
-    """The tied and partial gradients of one rank's stage. False if there are none."""
+class _TiedSum:
+    """One tied weight on this rank. `stages`: all that use it; `own`: those of this rank, both from last to first."""
 
     def __init__(
-        self, world: World, stage: StageModule, parameters: Mapping[str, torch.Tensor], num_microbatches: int
-    ) -> None:
+        self, name: str, parameter: torch.Tensor, stages: Sequence[int], stage_ranks: Sequence[int], world: World,
+        num_microbatches: int, exact: bool,
+    ) -> None:  # fmt: skip
+        self.name, self.parameter, self._world = name, parameter, world
+        self.stages = sorted(stages, reverse=True)
+        self._of_rank: dict[int, list[int]] = {}
+        for stage in self.stages:
+            self._of_rank.setdefault(stage_ranks[stage], []).append(stage)
+        self.own = self._of_rank[world.pipeline_rank]
+        self.local = len(self._of_rank) == 1
+        self._exact, self._num_microbatches = exact or self.local, num_microbatches
+        self._stage_ranks = stage_ranks
+        self._kept: list[dict[int, torch.Tensor]] = []
+        self._to_come: list[int] = []
+        self._next = 0
+        self._total: torch.Tensor | None = None
+
+    def begin(self, total: torch.Tensor | None) -> None:
+        """`total`: what the sum is added to."""
+        self._total, self._next = total, 0
+        if self._exact:
+            self._kept = [{} for _ in range(self._num_microbatches)]
+            self._to_come = [len(self.own)] * self._num_microbatches
+
+    def after_backward(self, stage: int, microbatch: int, complete: bool) -> None:
+        """Take the gradient of one stage and microbatch out of `.grad`."""
+        if not self._exact:
+            return
+        gradient, self.parameter.grad = self.parameter.grad, None
+        if gradient is not None:
+            kept = self._kept[microbatch]
+            kept[stage] = kept[stage] + gradient if stage in kept else gradient
+        self._to_come[microbatch] -= complete
+        while self.local and self._next < self._num_microbatches and not self._to_come[self._next]:
+            parts, self._kept[self._next] = self._kept[self._next], {}
+            self._add([parts[stage] for stage in self.own if stage in parts])
+            self._next += 1
+
+    def _add(self, parts: Sequence[torch.Tensor]) -> None:
+        """The gradients of one microbatch, the last stage's first."""
+        if parts:
+            gradient = parts[0]
+            for part in parts[1:]:
+                gradient = gradient + part
+            self._total = gradient.clone() if self._total is None else self._total.add_(gradient)
+
+    def finish(self) -> None:
+        """Sum, and put the sum into `.grad`."""
+        if not self.local:
+            self._exchange()
+        self.parameter.grad, self._total = self._total, None
+
+    def _exchange(self) -> None:
+        world, parameter, count = self._world, self.parameter, self._num_microbatches
+        if self._exact:
+            rows = [self._kept[microbatch].pop(stage, None) for stage in self.own for microbatch in range(count)]
+        else:
+            rows = [parameter.grad]
+        stacked = torch.stack([torch.zeros_like(parameter) if row is None else row for row in rows])
+        del rows
+        parts = {
+            rank: stacked if rank == world.pipeline_rank
+            else stacked.new_empty((len(stages) * count if self._exact else 1, *parameter.shape))
+            for rank, stages in self._of_rank.items()
+        }  # fmt: skip
+        others = [rank for rank in parts if rank != world.pipeline_rank]
+        works = [(world.recv(parts[rank], rank, _TIED_TAG), rank) for rank in others]
+        works += [(world.send(stacked, rank, _TIED_TAG), rank) for rank in others]
+        for work, rank in works:
+            world.wait(work, rank)
+        if not self._exact:
+            self._add([part[0] for part in parts.values()])
+            return
+        for microbatch in range(count):
+            self._add(
+                [
+                    parts[rank][self._of_rank[rank].index(stage) * count + microbatch]
+                    for stage in self.stages
+                    for rank in (self._stage_ranks[stage],)
+                ]
+            )
+
+
+class GradientSums:
+    """The tied and partial gradients of one rank's stages (classes by number). False if there are none."""
+
+    def __init__(
+        self, world: World, stages: Mapping[int, type[StageModule]], stage_ranks: Sequence[int],
+        parameters: Mapping[str, torch.Tensor], num_microbatches: int,
+    ) -> None:  # fmt: skip
         trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
-        self._world, self._parameters, self._num_microbatches = world, trained, num_microbatches
-        self._tied = {name: tuple(stages) for name, stages in stage.TIED.items() if name in trained and len(stages) > 1}
-        self._partial = [name for name in stage.PARTIAL_GRADIENTS if name in trained and world.axis("tp").size > 1]
-        self._exact = stage.TIED_EXACT
+        self._world, self._parameters = world, trained
+        split = world.axis("tp").size > 1
+        self._partial = sorted({n for cls in stages.values() for n in cls.PARTIAL_GRADIENTS if n in trained and split})
+        tied: dict[str, tuple[tuple[int, ...], bool]] = {}
+        for cls in stages.values():
+            for name, held in cls.TIED.items():
+                if name in trained and len(held) > 1:
+                    tied[name] = (tuple(held), cls.TIED_EXACT)
+        self._tied = {
+            name: _TiedSum(name, trained[name], held, stage_ranks, world, num_microbatches, exact)
+            for name, (held, exact) in sorted(tied.items())
+        }
+        self._of_stage = {stage: [tied for tied in self._tied.values() if stage in tied.own] for stage in stages}
         self._earlier: dict[str, torch.Tensor | None] = {}
-        self._kept: dict[str, list[torch.Tensor | None]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._tied or self._partial)
@@ -44,56 +143,35 @@ class GradientSums:
         for name in (*self._tied, *self._partial):
             if name not in self._earlier:
                 self._earlier[name], self._parameters[name].grad = self._parameters[name].grad, None
-        self._kept = {name: [None] * self._num_microbatches for name in self._tied} if self._exact else {}
+        for name, tied in self._tied.items():
+            # one microbatch after the other onto what was there, unless that has still to wait for the sum over tp
+            earlier = None if name in self._partial else self._earlier[name]
+            tied.begin(None if earlier is None else earlier.clone())
 
-    def after_backward(self, microbatch: int) -> None:
-        """Keep a microbatch's gradients of tied weights apart."""
-        for name, kept in self._kept.items():
-            parameter = self._parameters[name]
-            kept[microbatch], parameter.grad = parameter.grad, None
+    def after_backward(self, stage: int, microbatch: int, *, complete: bool) -> None:
+        """Keep what a backward of a stage left of tied weights apart; `complete` when none of it is put off."""
+        for tied in self._of_stage[stage]:
+            tied.after_backward(stage, microbatch, complete)
 
     def abandon(self) -> None:
         """The step failed: `.grad` is again what it was before it."""
         for name, earlier in self._earlier.items():
             self._parameters[name].grad = earlier
         self._earlier.clear()
-        self._kept.clear()
+        for tied in self._tied.values():
+            tied.begin(None)
 
     def finish(self) -> None:
-        """Sum over the ranks, and add what was set aside."""
-        for name in sorted(
-            self._tied
-        ):  # any two stages take the names that they share in the same order, one at a time
-            self._sum_tied(name)
+        """Sum over stages and ranks, and add what was set aside."""
+        for tied in self._tied.values():  # by name: any two ranks take those that they share in the same order
+            tied.finish()
         if self._partial:
             self._sum_partial()
         for name, earlier in self._earlier.items():
             parameter = self._parameters[name]
-            if earlier is not None:
+            if name in self._partial and earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
         self._earlier.clear()
-        self._kept.clear()
-
-    def _sum_tied(self, name: str) -> None:
-        world, parameter, stages = self._world, self._parameters[name], sorted(self._tied[name], reverse=True)
-        gradients = self._kept.get(name, [parameter.grad])
-        mine = torch.stack([torch.zeros_like(parameter) if gradient is None else gradient for gradient in gradients])
-        self._kept.pop(name, None)
-        del gradients
-        parts = {stage: mine if stage == world.stage else torch.empty_like(mine) for stage in stages}
-        others = [stage for stage in stages if stage != world.stage]
-        works = [(world.recv(parts[stage], stage, _TIED_TAG), stage) for stage in others]
-        works += [(world.send(mine, stage, _TIED_TAG), stage) for stage in others]
-        for work, stage in works:
-            world.wait(work, stage)
-        # one microbatch after the other onto what was there, unless that has still to wait for the sum over tp
-        total = None if name in self._partial else self._earlier.pop(name, None)
-        for microbatch in range(mine.shape[0]):
-            gradient = parts[stages[0]][microbatch]
-            for stage in stages[1:]:
-                gradient = gradient + parts[stage][microbatch]
-            total = gradient.clone() if total is None else total.add_(gradient)
-        parameter.grad = total
 
     def _sum_partial(self) -> None:
         """One all_reduce per dtype."""

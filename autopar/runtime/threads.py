@@ -25,6 +25,8 @@ import torch.distributed as dist
 from autopar.program import Program
 from autopar.runtime.batch import BatchTypes
 from autopar.runtime.board import Board
+from autopar.runtime.compiled import Compile
+from autopar.runtime.record import RankRecord
 from autopar.runtime.worker import Interrupted, Worker
 from autopar.runtime.world import TIMEOUT_SECONDS, World, check_world_size
 from costmodel.errors import AutoparError, RankFailed
@@ -46,12 +48,13 @@ class _Job:
     device: torch.device
     seed: int
     timeout_seconds: float
+    compile: Compile
 
     def worker(self) -> Worker:
         world = World.in_thread(
             self.mesh, self.rank, self.store, self.memory, device=self.device, timeout_seconds=self.timeout_seconds
         )
-        return Worker(self.program, world, self.parameters, self.buffers, seed=self.seed)
+        return Worker(self.program, world, self.parameters, self.buffers, seed=self.seed, compile=self.compile)
 
 
 class _Rank:
@@ -115,11 +118,13 @@ class ThreadRanks:
         device: torch.device | str = "cpu",
         seed: int = 0,
         timeout_seconds: float = TIMEOUT_SECONDS,
+        compile: Compile = False,
     ) -> None:
         check_world_size(len(programs), mesh)
         self.mesh, self.num_ranks = dict(mesh), len(programs)
         self._state = list(zip(programs, parameters_per_rank, buffers_per_rank, strict=True))
         self._device, self._seed, self._timeout_seconds = torch.device(device), seed, timeout_seconds
+        self._compile: Compile = compile
         self._batch_types = BatchTypes(programs[0].batch, microbatches, tuple(mesh))
         self._training = True
         self._ranks: list[_Rank] = []
@@ -130,6 +135,11 @@ class ThreadRanks:
     def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Forward and backward on all ranks; the loss of the whole batch."""
         return self._each("step", batch)[0]
+
+    def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]:
+        """`step`, and every rank's record of it."""
+        results = self._each("profile", batch)
+        return results[0][0], [record for _, record in results]
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Forward only; the outputs that each rank holds, by rank."""
@@ -149,7 +159,7 @@ class ThreadRanks:
     def _jobs(self) -> list[_Job]:
         store, memory = dist.HashStore(), Board.memory(self.num_ranks)
         return [
-            _Job(*state, rank, self.mesh, store, memory, self._device, self._seed, self._timeout_seconds)
+            _Job(*state, rank, self.mesh, store, memory, self._device, self._seed, self._timeout_seconds, self._compile)
             for rank, state in enumerate(self._state)
         ]
 

@@ -1,4 +1,4 @@
-"""A rank's place in the job: the mesh, its coords, its axes, and the transfers to the other stages.
+"""A rank's place in the job: the mesh, its coords, its axes, and the transfers to the other pipeline ranks.
 
 Design note. The same World runs in three places: under torchrun, inside `autopar.launch`, and as a thread of one
 process. In all three the process groups are made by hand on a store that belongs to this world alone, rather than
@@ -7,6 +7,9 @@ sockets, which is how its peers learn of it at once instead of after a timeout.
 
 The mesh is ordered, outermost axis first: {"pp": 2, "tp": 2} puts the tensor-parallel ranks of a stage next to each
 other. gloo connects through the loopback device when all ranks are on one machine.
+
+On CUDA there are two ways. One rank per GPU: NCCL, where a wait is a place in the stream and the host goes on. Several
+ranks on one GPU, which NCCL refuses: gloo over pinned host memory (`staging.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch.distributed as dist
 
 from autopar.runtime.axis import GlooAxis, GroupAxis, LocalAxis, TransferFailed
 from autopar.runtime.board import BETWEEN_STEPS, BYSTANDER, COMPUTING, FAILED, STOPPED, Board, padded
+from autopar.runtime.staging import StagedAxis, staged_recv, staged_send
 from costmodel.errors import BadArgument, RankFailed, WorldSizeMismatch
 
 PIPELINE_AXIS = "pp"
@@ -78,8 +82,9 @@ class World:
         self.mesh, self.rank, self.num_ranks = dict(mesh), rank, math.prod(mesh.values())
         self.coords = coords_of(rank, self.mesh)
         self.device, self.board, self.timeout_seconds = device, board, timeout_seconds
-        self.stage, self.num_stages = self.coords.get(PIPELINE_AXIS, 0), self.mesh.get(PIPELINE_AXIS, 1)
+        self.pipeline_rank, self.num_pipeline_ranks = self.coords.get(PIPELINE_AXIS, 0), self.mesh.get(PIPELINE_AXIS, 1)
         self._nccl, self._one_machine, self._closed = nccl, one_machine, False
+        self._staged = device.type == "cuda" and not nccl
         self._axes: dict[str, GroupAxis | LocalAxis] = {}
         for index, name in enumerate(self.mesh):
             ranks = self._members(index, rank)
@@ -88,10 +93,11 @@ class World:
                 continue
             assert store is not None
             group = self._group(dist.PrefixStore(f"{name}/{ranks[0]}", store), self.coords[name], len(ranks))
-            kind = GroupAxis if nccl else GlooAxis
+            kind = GroupAxis if nccl else StagedAxis if self._staged else GlooAxis
             self._axes[name] = kind(name, self.coords[name], ranks, group, board, index)
         # Transfers between stages. gloo matches by tag: both directions share the axis's connections. NCCL matches by
-        # order alone, so each direction has a group of its own.
+        # order alone and runs what one pair of ranks does in one group one after the other, so each direction, to
+        # higher and to lower pipeline ranks, has a group of its own: its streams run beside the compute's.
         self._down: dist.ProcessGroup | None = None
         self._up: dist.ProcessGroup | None = None
         pipeline = self._axes.get(PIPELINE_AXIS)
@@ -100,10 +106,10 @@ class World:
             if nccl:
                 assert store is not None
                 self._down, self._up = (
-                    self._group(dist.PrefixStore(f"{way}/{pipeline.ranks[0]}", store), self.stage, self.num_stages)
+                    self._group(dist.PrefixStore(f"{way}/{pipeline.ranks[0]}", store), self.pipeline_rank, len(pipeline.ranks))
                     for way in ("down", "up")
                 )
-        self.stage_ranks = tuple(self.rank_of(**{PIPELINE_AXIS: stage}) for stage in range(self.num_stages))
+        self.peers = tuple(self.rank_of(**{PIPELINE_AXIS: place}) for place in range(self.num_pipeline_ranks))
 
     @classmethod
     def from_environment(
@@ -206,31 +212,43 @@ class World:
             else f"rank {rank}"
         )
 
-    # ---- transfers between stages ---------------------------------------------------------------------------------
+    # ---- transfers between pipeline ranks ---------------------------------------------------------------------------------
 
-    def send(self, tensor: torch.Tensor, stage: int, tag: int) -> dist.Work:
-        """Start sending a contiguous tensor to the rank of `stage` that has this rank's other coords."""
-        return self._start("send", self._down if stage > self.stage else self._up, tensor, stage, tag)
-
-    def recv(self, tensor: torch.Tensor, stage: int, tag: int) -> dist.Work:
-        """Start receiving into `tensor`."""
-        return self._start("recv", self._down if stage < self.stage else self._up, tensor, stage, tag)
-
-    def _start(self, what: str, group: Any, tensor: torch.Tensor, stage: int, tag: int) -> dist.Work:
+    def send(self, tensor: torch.Tensor, peer: int, tag: int) -> Any:
+        """Start sending a contiguous tensor to pipeline rank `peer` (at this rank's other coords). See `wait`."""
+        group = self._down if peer > self.pipeline_rank else self._up
         try:
-            return getattr(group, what)([tensor], stage, tag)
-        except (RuntimeError, AttributeError) as error:  # the peer is gone already; or this world is closed
-            reason = "the connections are closed" if group is None else str(error)
-            raise TransferFailed(reason, (self.stage_ranks[stage],)) from None
+            if self._staged:
+                return staged_send(group, tensor, peer, tag)
+            return group.send([tensor], peer, tag)  # type: ignore[union-attr]
+        except (RuntimeError, AttributeError) as error:
+            raise self._not_started(group, peer, error) from None
 
-    def wait(self, work: dist.Work, stage: int) -> None:
-        """Wait for a transfer with `stage`. TransferFailed if that rank is gone or late."""
-        self.board.wait_for(self.stage_ranks[stage])
+    def recv(self, tensor: torch.Tensor, peer: int, tag: int) -> Any:
+        """Start receiving into `tensor` from pipeline rank `peer`. See `wait`."""
+        group = self._down if peer < self.pipeline_rank else self._up
+        try:
+            if self._staged:
+                return staged_recv(group, tensor, peer, tag)
+            return group.recv([tensor], peer, tag)  # type: ignore[union-attr]
+        except (RuntimeError, AttributeError) as error:
+            raise self._not_started(group, peer, error) from None
+
+    def _not_started(self, group: Any, peer: int, error: Exception) -> TransferFailed:
+        """The peer is gone already; or this world is closed."""
+        return TransferFailed("the connections are closed" if group is None else str(error), (self.peers[peer],))
+
+    def wait(self, work: Any, peer: int) -> None:
+        """Wait for a transfer with pipeline rank `peer` (NCCL: make the stream wait). TransferFailed if that rank is gone
+        or late.
+        """
+        wait_for = self.board.wait_for
+        wait_for(self.peers[peer])
         try:
             work.wait()
         except RuntimeError as error:
-            raise TransferFailed(str(error), (self.stage_ranks[stage],)) from None
-        self.board.wait_for(COMPUTING)
+            raise TransferFailed(str(error), (self.peers[peer],)) from None
+        wait_for(COMPUTING)
 
     # ---- the end ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,137 @@
+"""Zero-bubble schedules: the backward is split, and the weight gradients, which no stage waits for, fill the gaps.
+
+Design note. BackwardInput sends its result on at once; BackwardWeight comes later, where a rank would idle. Both
+schedules are the handcrafted ones of Qi et al. 2023, "Zero Bubble Pipeline Parallelism", and hold no more than 1F1B
+holds at its first rank.
+
+`zb_h1` is 1F1B with the weight gradients of rank r delayed by r microbatches: the first rank, whose results nobody
+waits for, delays none. Each rank then holds p microbatches, and of the three parts of a bubble the one of the weight
+gradients turns to work. `zb_v` has two stages a rank, down the ranks and up again, so that the last stage is on the
+first rank and the first backward comes back as early as there. With a forward, the input gradients and the weight
+gradients equally long no rank idles between its first and its last compute. Its figures are stated for that case; the
+paper has no formula for others, and lets a solver look for better orders then.
+
+The authors measure a bubble from a rank's first compute to its last. Over the whole step every rank idles p - 1
+forwards more under zb-v, before its first compute or after its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+from passes.instructions import BackwardInput, BackwardWeight, Compute, Forward
+
+
+def zb_h1(rank: int, num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> Iterator[Compute]:
+    """1F1B with the weight gradients `rank` microbatches behind the input gradients."""
+    ahead = min(num_microbatches, num_ranks - 1 - rank)
+    for microbatch in range(ahead):
+        yield Forward(microbatch)
+    for microbatch in range(num_microbatches):
+        if microbatch + ahead < num_microbatches:
+            yield Forward(microbatch + ahead)
+        yield BackwardInput(microbatch)
+        if microbatch >= rank:
+            yield BackwardWeight(microbatch - rank)
+    for microbatch in range(max(0, num_microbatches - rank), num_microbatches):
+        yield BackwardWeight(microbatch)
+
+
+def zb_h1_bubble_seconds(
+    num_ranks: int, num_microbatches: int, virtual_stages: int, forward: float, inputs: float, weights: float
+) -> float | None:
+    """(p - 1)(F + B - W) from p microbatches on, as published for F and B of at least W; W counts once per microbatch
+    before the last, if those are fewer."""
+    if weights > min(forward, inputs):
+        return None
+    return (num_ranks - 1) * (forward + inputs) - (min(num_ranks, num_microbatches) - 1) * weights
+
+
+def zb_h1_bubble(num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> Fraction:
+    """The same over the step, for F = B = W = 1."""
+    idle = 2 * (num_ranks - 1) - (min(num_ranks, num_microbatches) - 1)
+    return Fraction(idle, idle + 3 * num_microbatches)
+
+
+def zb_v(rank: int, num_ranks: int, num_microbatches: int, virtual_stages: int = 2) -> Iterator[Compute]:
+    """Fill the first stage, then both, then alternate between them; weight gradients right away until the end.
+
+    Filling takes 2p - 1 microbatches. With fewer, those that are not there are left out.
+    """
+    count = max(num_microbatches, 2 * num_ranks - 1)
+    return (one for one in _zb_v(rank, num_ranks, count) if one.microbatch < num_microbatches)
+
+
+def _zb_v(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[Compute]:
+    down, up = (_Stage(chunk) for chunk in range(2))
+    for _ in range(2 * (num_ranks - rank) - 1):
+        yield down.forward()
+    for _ in range(rank):
+        yield up.forward()
+        yield down.forward()
+    for _ in range(num_ranks - rank):
+        yield up.forward()
+        yield up.inputs()
+        yield up.weights()
+    while up.forwards < num_microbatches:
+        if down.forwards < num_microbatches:
+            yield down.forward()
+        yield down.inputs()
+        yield down.weights()
+        yield up.forward()
+        yield up.inputs()
+        yield up.weights()
+    for _ in range(rank):
+        yield down.inputs()
+        yield up.inputs()
+    for _ in range(num_ranks - rank):
+        yield down.inputs()
+        yield down.weights()
+    for stage in (up, down):
+        while stage.deferred:
+            yield stage.weights()
+
+
+class _Stage:
+    """Counts one stage's computes."""
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+        self.forwards = self.backwards = self.added = 0
+
+    @property
+    def deferred(self) -> int:
+        return self.backwards - self.added
+
+    def forward(self) -> Forward:
+        self.forwards += 1
+        return Forward(self.forwards - 1, self.chunk)
+
+    def inputs(self) -> BackwardInput:
+        self.backwards += 1
+        return BackwardInput(self.backwards - 1, self.chunk)
+
+    def weights(self) -> BackwardWeight:
+        self.added += 1
+        return BackwardWeight(self.added - 1, self.chunk)
+
+
+def zb_v_in_flight(rank: int, num_ranks: int, num_microbatches: int, virtual_stages: int = 2) -> int:
+    """2p stages' microbatches, as much as p of 1F1B's stages of twice the size; with few, all that a rank ever has."""
+    return min(2 * num_ranks, 2 * num_microbatches, num_microbatches + rank + 1)
+
+
+def zb_v_bubble_seconds(
+    num_ranks: int, num_microbatches: int, virtual_stages: int, forward: float, inputs: float, weights: float
+) -> float | None:
+    """0 from 2p - 1 microbatches on if all three take the same time; each one fewer is a forward and a backward less."""
+    if not forward == inputs == weights:
+        return None
+    return 2 * max(0, 2 * num_ranks - 1 - num_microbatches) * forward
+
+
+def zb_v_bubble(num_ranks: int, num_microbatches: int, virtual_stages: int = 2) -> Fraction:
+    """Over the step, for F = B = W: (p - 1) / (6 m + p - 1) from 2p - 1 microbatches on."""
+    idle = max(num_ranks - 1, 2 * (2 * num_ranks - 1 - num_microbatches))
+    return Fraction(idle, idle + 6 * num_microbatches)

@@ -103,7 +103,8 @@ def stage_class(text: str, watch: Mapping[str, Any] | None = None) -> type[Stage
     before = set(names)
     tree = ast.parse(text)
     exec(compile(freeing(tree) if watch is None else _watched(tree), "<stage>", "exec"), names)
-    return next(value for name, value in names.items() if name not in before and inspect.isclass(value))
+    classes = (value for name, value in names.items() if name not in before and inspect.isclass(value))
+    return next(value for value in classes if issubclass(value, StageModule))
 
 
 @dataclass(frozen=True)

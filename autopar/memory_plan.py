@@ -1,8 +1,10 @@
-"""The memory of a finished plan: each rank's peak, from its own programs and instructions, and what backward computes again to lower it.
+"""The memory of a finished plan: each rank's peak, from its own programs and instructions, and what backward computes again to
+lower it.
 
-Each stage is measured once per size of microbatch (`autopar.measure_memory`), and stages of one structure only once; then every pipeline
-rank's instruction list is walked (`passes.memory_walk`). What is computed again is chosen by `passes.recompute`; for a budget, rank by rank:
-all units at the lowest price that fits, then as many of them as can be at the price below, each try measured as the plan itself is.
+Each stage is measured once per size of microbatch (`autopar.measure_memory`), and stages of one structure only once; then every
+pipeline rank's instruction list is walked (`passes.memory_walk`). What is computed again is chosen by `passes.recompute`; for a
+budget, rank by rank: all units at the lowest price that fits, then as many of them as can be at the price below, each try measured
+as the plan itself is.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 

@@ -63,9 +63,11 @@ def parallelize(
 
     microbatches: how many the batch is split into along the pipeline (None: four a stage, as far as there are rows). schedule: a name in
     `autopar.schedules.SCHEDULES`. virtual_stages: stages a pipeline rank, for schedules with several (None: the schedule's default).
-    compile: torch.compile each stage's forward (True, a backend's name, or a dict of torch.compile's options). sequence_parallel: split norms, dropouts and residuals over tokens on the tp axis: False, "auto" (where
+    compile: torch.compile each stage's forward (True, a backend's name, or a dict of torch.compile's options). sequence_parallel:
+    split norms, dropouts and residuals over tokens on the tp axis: False, "auto" (where
     the cost model finds it cheaper), True. recompute: what backward computes again instead of keeping it: "none", "selective" (what is
-    cheap for the bytes it frees), "full" (layers keep only their inputs), or the most bytes that a rank may hold. hardware: a profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
+    cheap for the bytes it frees), "full" (layers keep only their inputs), or the most bytes that a rank may hold. hardware: a
+    profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
     plan: a saved plan of this model to use as it is. device: where ranks compute (None: where the model is). seed: for dropout.
 
     Errors: BadArgument, CaptureError (forward cannot be one graph), TooManyStages, NoLegalSharding, BadPlan, DoesNotFit (more

@@ -101,7 +101,7 @@ def _never(_: None) -> torch.Tensor:
 
 
 def _stage_of(function: Callable[..., Any]) -> StageModule:
-    return function.__self__  # type: ignore[attr-defined, no-any-return]
+    return function.__self__  # type: ignore[attr-defined]
 
 
 def recompute(function: Callable[..., Any], *arguments: Any, random: bool = False) -> Any:

@@ -84,7 +84,9 @@ def _asks_for_cache(config: Any, depth: int = 2) -> bool:
     if getattr(config, "use_cache", False) is True:
         return True
     inner = vars(config).values() if depth and hasattr(config, "__dict__") else ()
-    return any(type(value).__module__ not in ("builtins", "torch") and _asks_for_cache(value, depth - 1) for value in inner)
+    return any(
+        type(value).__module__ not in ("builtins", "torch") and _asks_for_cache(value, depth - 1) for value in inner
+    )
 
 
 def _parameter_names(function: Callable[..., Any]) -> list[str]:

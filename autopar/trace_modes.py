@@ -121,7 +121,9 @@ def as_graphs_mean_it(refuse: Refuse) -> Iterator[None]:
         stack.enter_context(replaced(torch.Tensor, "backward", autograd_inside))
         stack.enter_context(replaced(torch.Tensor, "register_hook", hook_inside))
         stack.enter_context(replaced(torch.Tensor, "__bool__", _checked(torch.Tensor.__bool__, lambda tensor: True)))
-        stack.enter_context(replaced(torch.SymBool, "__bool__", _checked(torch.SymBool.__bool__, free_unbacked_symbols)))
+        stack.enter_context(
+            replaced(torch.SymBool, "__bool__", _checked(torch.SymBool.__bool__, free_unbacked_symbols))
+        )
         yield
 
 

@@ -45,7 +45,9 @@ def _fields(leaf: Any) -> dict[str, Any] | None:
     if isinstance(leaf, Mapping):
         return dict(leaf) if all(isinstance(key, str) for key in leaf) else None
     if dataclasses.is_dataclass(leaf):
-        return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf) if hasattr(leaf, field.name)}
+        return {
+            field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf) if hasattr(leaf, field.name)
+        }
     return dict(vars(leaf)) if hasattr(leaf, "__dict__") else None
 
 

@@ -67,6 +67,8 @@ def _settled(segments: Size | tuple[int, ...], block: Size, piece: Padding, unit
     if not all(isinstance(one, int) for one in blocks):
         return None if piece else Cut(segments, unit)
     sizes = [int(one) for one in blocks]
+    if not all(sizes):
+        return Cut(segments)  # nothing to split
     pieces = per_block(piece, len(sizes)) if piece else [ceil_div(size, axis_size) for size in sizes]
     found = settled(sizes, pieces, per_block(unit, len(sizes)), axis_size)
     return None if found is None else Cut(segments, *found)
@@ -79,7 +81,7 @@ def _times(given: Padding, by: int) -> Padding:
 def _over(given: Padding, by: Size) -> Padding | None:
     """Each number divided; None if that leaves a rest."""
     numbers = given if isinstance(given, tuple) else (given,)
-    if not isinstance(by, int) or any(number % by for number in numbers):
+    if not isinstance(by, int) or not by or any(number % by for number in numbers):
         return None
     return tuple(number // by for number in numbers) if isinstance(given, tuple) else given // by
 
@@ -209,7 +211,7 @@ class Binding:
         if cut.segments != 1 or not isinstance(cut.unit, int) or not isinstance(mine, int):
             return None
         count = mine // cut.unit
-        if any(not isinstance(size, int) or size % count for size in sizes):
+        if any(not isinstance(size, int) or not size or size % count for size in sizes):
             return None
         units = [int(size) // count for size in sizes]
         pieces = alike([ceil_div(count, axis_size) * unit for unit in units])

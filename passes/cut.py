@@ -8,6 +8,7 @@
   one percent of it the one that sends least, then the most even one (`_Search.ends`).
 - From there on the aim itself is what counts: the step time of the schedule that will run, with each rank's stages, each pair of stages'
   transfers and the memory of a rank (`passes.cut_objective`). Few cuts are all tried; of many, the neighbours of the best so far.
+- Where that leaves a rank with much less to do than another, places with more crossing are looked at too.
 - Clean cuts are taken if they come within CLEAN_SLACK of what any cut could do, and are no slower than the dynamic programme's; a layer is
   then never split in a way that sends more than needed.
 """
@@ -35,6 +36,7 @@ MOST_EXPLAINED = 6  # boundaries that get a note each
 MOST_PLACES = 700  # candidates that the dynamic programme looks at
 SLACK = 1.01  # cuts within one percent of the best maximum compete on bytes sent and evenness
 CLEAN_SLACK = 1.10  # how much slower than the best cut one between layers may be
+UNBALANCED = 1.25  # the busiest rank's time over the mean: from here on places inside of layers are looked at too
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,14 @@ class _Chosen:
     def places(self) -> list[int]:
         return [self.objective.points[end] for end in self.ends]
 
+    @property
+    def imbalance(self) -> float:
+        """The busiest rank's seconds over their mean."""
+        forward, backward = self.objective.stage_seconds(torch.tensor([self.ends]))
+        loads = torch.zeros(max(self.objective.stage_ranks) + 1, dtype=torch.float64)
+        loads.index_add_(0, torch.tensor(self.objective.stage_ranks), (forward + backward)[0])
+        return float(loads.amax() / loads.mean()) if float(loads.sum()) else 1.0
+
     def no_worse(self, other: _Chosen, slack: float = 1.0) -> bool:
         """Exceeds the device by no more than the other, and is at most `slack` times as slow."""
         return self.excess_bytes <= other.excess_bytes and (
@@ -290,8 +300,9 @@ def _best(
 ) -> tuple[_Chosen, _Chosen]:
     """The best cut found; and what the dynamic programme alone would have taken."""
     candidates = _candidates(line)
+    everywhere = [place for place in range(1, len(line.nodes)) if line.crossing[place] < NEVER]
     if len(candidates) < num_stages - 1:
-        candidates = [place for place in range(1, len(line.nodes)) if line.crossing[place] < NEVER]
+        candidates = everywhere
     if len(candidates) < num_stages - 1:
         raise TooManyStages(
             f"cannot cut the model into {num_stages} pipeline stages", why=f"its graph has {len(candidates)} places to cut",
@@ -310,6 +321,12 @@ def _best(
         cleaner = _improved(start)
         if cleaner.no_worse(best, CLEAN_SLACK) and cleaner.no_worse(plain):
             best = cleaner
+    if best.objective.step_times is not None and best.imbalance > UNBALANCED and len(everywhere) > len(anywhere.points) - 2:
+        # large layers and few of them: a rank would have next to nothing, so places are worth it where more crosses
+        widest = search(_thinned(line, everywhere))
+        inside = _improved(_Chosen(objective(widest.points), widest.ends()))
+        if not best.no_worse(inside, CLEAN_SLACK):
+            best = inside
     return best, plain
 
 

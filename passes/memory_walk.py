@@ -3,10 +3,10 @@
 A rank does one thing at a time, so its memory is a sum that each instruction changes: what its stages allocate for a microbatch
 (`MicrobatchBytes`, measured on their programs), buffers that transfers fill, values on their way. The lists are the ones the ranks run.
 
-Receive buffers are rings that grow to what is needed and stay: from the second step on they are all there (`ring_bytes`). Of each peer one
-receive is posted ahead. A received activation is held until its microbatch's backward is over, a received gradient too. What is sent is held
-until `sends_held` more transfers have been sent, or the end of the step. Between stages of one rank nothing is copied: an activation stays
-until the later stage's backward, its gradient until the earlier stage's.
+Receive buffers are rings that grow to what is needed and stay: from the second step on they are all there (`ring_bytes`). Of each
+peer one receive is posted ahead. A received activation is held until its microbatch's backward is over, a received gradient too.
+What is sent is held until `sends_held` more transfers have been sent, or the end of the step. Between stages of one rank nothing is
+copied: an activation stays until the later stage's backward, its gradient until the earlier stage's.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import sympy
 import torch
@@ -341,6 +342,7 @@ _SIZE_FUNCTIONS = {
 }
 
 
+@lru_cache(maxsize=4096)
 def parse_size(text: str) -> Size:
     """The size that was printed: "128", "2*T", "Max(1, T//2)". BadPlan if it is none."""
     if re.fullmatch(r"\d+", text):

@@ -1,32 +1,35 @@
 """The recompute pass: which calls of a stage run again in backward, so that what they save need not be kept.
 
-What is known. A stage's graph is a list of calls. Of each call: its seconds, the storages that it makes, and those that autograd keeps for
-it (`Saves`, found by running the emitted stage without values; storages, not tensors: a view costs nothing). A *run* is a stretch of
-calls that backward computes again (`autopar.recompute`): it keeps the storages of its inputs instead of what is saved inside it. It costs the
-seconds of its calls up to the last that saves something, that one excluded if it saves only what it is given. So a run of a norm and
-the matmul after it costs the norm; the matmul's result is what the run gives.
+What is known. A stage's graph is a list of calls. Of each call: its seconds, the storages that it makes, and those that autograd keeps
+for it (`Saves`, found by running the emitted stage without values; storages, not tensors: a view costs nothing). A *run* is a stretch
+of calls that backward computes again (`autopar.recompute`): it keeps the storages of its inputs instead of what is saved inside it. It
+costs the seconds of its calls up to the last that saves something, that one excluded if it saves only what it is given. So a run of a
+norm and the matmul after it costs the norm; the matmul's result is what the run gives.
 
 The problem. In each *unit* (a layer) choose runs that do not overlap, with the least
 
-    price x bytes kept + seconds run again,                                   (`_Unit.objective`)
+    price x bytes kept + seconds run again,                                   (`_Unit.solve`)
 
-where the bytes kept are those of the union of what calls outside of runs save and of the inputs of runs. `price` is in seconds per byte: what
-a byte is worth. "selective" has one price: SELECTIVE_PASSES times the time in which the device's memory moves a byte. Element-wise work, norms
-and attention scores cost a few such passes a byte; a matmul of a wide model costs ten and more. "full" takes each layer as one run.
-A budget in bytes has no price of its own: it goes through the solutions for PRICES, cheapest first, until the rank fits (autopar.memory_plan).
-Windows of calls are added one after the other, the one that lowers the objective most first (`_Unit.solve`).
+where the bytes kept are those of the union of what calls outside of runs save and of the inputs of runs. `price` is in seconds per byte:
+what a byte is worth. "selective" has one price: SELECTIVE_PASSES times the time in which the device's memory moves a byte, launches
+left out. Element-wise work and norms cost a few such passes a byte, attention scores that are spelled out about ten, a matmul of a wide
+model twenty and more. "full" takes each layer as one run. A budget in bytes has no price of its own: it goes through the solutions for
+PRICES, cheapest first, until the rank fits (autopar.memory_plan). Runs are added one after the other, the one that alone lowers the
+objective most first, as long as the objective falls: not always the least, and never worse than keeping everything.
 
-Units. A layer is a module whose calls are those of another module, by kind and order (`units`): the outermost such modules. What lies between
-them is a unit that "full" leaves alone. In a model without layers, the calls fall into about sqrt(n) pieces, parted where least crosses.
+Units. A layer is a module whose calls are those of another module, by kind and order (`units`): the outermost such modules. What lies
+between them is a unit that "full" leaves alone. In a model without layers, the calls fall into about sqrt(n) pieces, parted where least
+crosses.
 
-What stays out. Calls that do not depend on parameters, received values or random numbers (masks, positions) are computed once, before a run
-that needs them. Calls that update a buffer, or read one that is updated, are in no run: they would do it twice. Random calls may be in a
-run: the numbers are replayed.
+What stays out. Calls that do not depend on parameters, received values or random numbers (masks, positions) are computed once, before a
+run that needs them. Calls that update a buffer, or read one that is updated, are in no run: they would do it twice. Random calls may be
+in a run: the numbers are replayed.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,8 +43,8 @@ from passes.ir import calls, is_state, origin, size_expr, tensor_type
 from passes.line import node_cost
 from passes.reshard import RESHARDS, collective_seconds
 
-SELECTIVE_PASSES = 8.0  # a byte kept is worth this many times the seconds that the device's memory takes to move a byte
-PRICES = (1.0, 4.0, SELECTIVE_PASSES, 32.0, 128.0, math.inf)  # in the same unit; inf is "full"
+SELECTIVE_PASSES = 16.0  # a byte kept is worth this many times the seconds that the device's memory takes to move a byte
+PRICES = (1.0, 4.0, SELECTIVE_PASSES, 64.0, 256.0, math.inf)  # in the same unit; inf is "full"
 _MOST_WINDOWS = 4000  # of a unit
 _NO_LAUNCH_SECONDS = 1e-12
 _COLLECTIVES = {row.function.__name__: row.forward for row in RESHARDS}
@@ -127,7 +130,7 @@ def _forward_seconds(node: fx.Node, pricing: Pricing, axis_sizes: Mapping[str, i
         assert kind is not None
         whole = pricing.num_bytes(kind)
         return collective_seconds(
-            _COLLECTIVES[node.target.__name__], num_bytes=whole, axis_size=axis_size, link=pricing.link(axis_size)  # type: ignore[union-attr]
+            _COLLECTIVES[node.target.__name__], num_bytes=whole, axis_size=axis_size, link=pricing.link(axis_size)
         )  # fmt: skip
     return node_cost(node, pricing, axis_sizes, set()).forward_seconds
 
@@ -158,10 +161,10 @@ def line_of(graph: fx.Graph, saves: Saves, pricing: Pricing, axis_sizes: Mapping
         ):
             on_line.add(node)
     for node in calls(graph):
-        if node not in on_line or size_expr(node) is not None or node.target.__name__ == "getitem":  # type: ignore[union-attr]
+        if node not in on_line or size_expr(node) is not None or node.target is operator.getitem:
             continue
         pieces = (
-            [user for user in node.users if user.op == "call_function" and user.target.__name__ == "getitem"]  # type: ignore[union-attr]
+            [user for user in node.users if user.op == "call_function" and user.target is operator.getitem]
             if tensor_type(node) is None
             else []
         )
@@ -363,7 +366,8 @@ class _Unit:
 
     def choice(self, runs: Sequence[Run], work: bool = False) -> Choice:
         """What these runs come to."""
-        seconds, kept, inside = 0.0, 0, set()
+        seconds, kept = 0.0, 0
+        inside: set[int] = set()
         for run in runs:
             more, inputs = self.price_of(run, work)
             seconds += more
@@ -426,7 +430,8 @@ class Choices:
         solved: dict[object, Choice],
     ) -> None:  # fmt: skip
         self.line, self.units, self._saves, self._solved = line, found, saves, solved
-        self._byte_seconds = 1 / pricing.hardware.memory_bandwidth_bytes_per_second
+        hardware = pricing.hardware
+        self._byte_seconds = 1 / (hardware.memory_bandwidth_bytes_per_second * hardware.memory_efficiency)
 
     def at(self, unit: Unit, price: float, *, work: bool = False) -> Choice:
         """The choice for a unit. A price of inf: a layer as one run, what is no layer as for the highest finite price."""

@@ -34,7 +34,7 @@ from torch import fx
 
 from costmodel.errors import NoLegalSharding
 from costmodel.memory import optimizer_seconds, training_state_bytes
-from passes.annotation import Binding, Cut
+from passes.annotation import Binding, Cut, Dim
 from passes.costs import Pricing, is_number
 from passes.elimination import minimise
 from passes.ir import (
@@ -116,19 +116,43 @@ class ShardPlan:
         return self.placements.get(value_of(node), REPLICATE)
 
 
+@dataclass(frozen=True)
+class _Spot:
+    """Where a split name is in one tensor of a call: which tensor (arguments, then results), which dim, and the dim's names."""
+
+    place: int
+    dim: int
+    names: Dim
+
+
 class _Cuts:
-    """Which block structures each dim of each value may be split in: a fixpoint over the rules' dim names."""
+    """Which block structures each dim of each value may be split in: a fixpoint over the rules' dim names.
+
+    A call is looked at again only if one of its values has changed, and what one dim's cut is for a name, or the other way, is worked
+    out once for all calls that are bound alike: the layers of a model.
+    """
 
     def __init__(self, bindings: Mapping[fx.Node, Binding], axis_size: int) -> None:
         self.axis_size = axis_size
         self.of: dict[Value, list[dict[Any, Cut]]] = {}
+        self._spots: dict[int, tuple[Binding, dict[tuple[str, ...], list[_Spot]]]] = {}
+        self._known: dict[Any, Cut | None] = {}
+        values = {node: self._values(node, binding) for node, binding in bindings.items()}
+        versions: dict[Value, int] = {value: 0 for found in values.values() for value, _ in found}
+        seen: dict[fx.Node, list[int]] = {}
         order = list(bindings)
         changed = True
         while changed:
             changed = False
             for nodes in (order, order[::-1]):
                 for node in nodes:
-                    changed |= self._visit(node, bindings[node])
+                    now = [versions[value] for value, _ in values[node]]
+                    if seen.get(node) == now:
+                        continue
+                    seen[node] = now
+                    for value in self._visit(bindings[node], values[node]):
+                        versions[value] += 1
+                        changed = True
 
     def dims(self, value: Value, rank: int) -> list[dict[Any, Cut]]:
         """Per dim of a value: (segments, piece) -> cut."""
@@ -136,52 +160,69 @@ class _Cuts:
             self.of[value] = [{(1, 0): Cut()} for _ in range(rank)]
         return self.of[value]
 
-    def _visit(self, node: fx.Node, binding: Binding) -> bool:
-        changed = False
-        places = self._places(node, binding)
-        for group in binding.choices:
+    def _visit(self, binding: Binding, values: Sequence[tuple[Value, int]]) -> list[Value]:
+        """The values of one call that have new cuts."""
+        changed = []
+        for group, spots in self._spots_of(binding).items():
             if not all(is_number(binding.sizes[name]) for name in group):
                 continue
-            found = self.group(binding, places, group)
-            for value, pattern, shape in places:
-                spot = binding.concerned(pattern, shape, group)
-                if spot is None:
-                    continue
-                known = self.dims(value, len(shape))[spot[0]]
+            found = self._group(binding, values, group)
+            for spot in spots:
+                value, rank = values[spot.place]
+                known = self.dims(value, rank)[spot.dim]
                 for cut in found.values():
-                    dim_cut = binding.dim_cut(spot[1], group, cut, self.axis_size)
-                    changed |= dim_cut is not None and _note(known, dim_cut)
+                    dim_cut = self._mapped(binding.dim_cut, binding, spot.names, group, cut)
+                    if dim_cut is not None and _note(known, dim_cut):
+                        changed.append(value)
         return changed
 
-    def group(
-        self, binding: Binding, places: Sequence[tuple[Value, Any, Any]], group: tuple[str, ...]
+    def _group(
+        self, binding: Binding, values: Sequence[tuple[Value, int]], group: tuple[str, ...]
     ) -> dict[Any, Cut]:
         """The cuts of a split name that any of its dims knows."""
         found: dict[Any, Cut] = {(1, 0): Cut()}
-        for value, pattern, shape in places:
-            spot = binding.concerned(pattern, shape, group)
-            if spot is None:
-                continue
-            for dim_cut in self.dims(value, len(shape))[spot[0]].values():
-                cut = binding.name_cut(spot[1], group, dim_cut, self.axis_size)
+        for spot in self._spots_of(binding)[group]:
+            value, rank = values[spot.place]
+            for dim_cut in self.dims(value, rank)[spot.dim].values():
+                cut = self._mapped(binding.name_cut, binding, spot.names, group, dim_cut)
                 if cut is not None:
                     _note(found, cut)
         return found
 
+    def _mapped(
+        self, function: Callable[..., Cut | None], binding: Binding, names: Dim, group: tuple[str, ...], cut: Cut
+    ) -> Cut | None:
+        """`binding.dim_cut` or `binding.name_cut`, remembered. `self._spots` keeps the binding, so that its id stays its own."""
+        key = (function.__name__, id(binding), names, group, cut.segments, cut.unit, cut.piece)
+        if key not in self._known:
+            self._known[key] = function(names, group, cut, self.axis_size)
+        return self._known[key]
+
+    def _spots_of(self, binding: Binding) -> dict[tuple[str, ...], list[_Spot]]:
+        """Per name that may be split: where it is."""
+        if id(binding) not in self._spots:
+            patterns = [*binding.inputs, *binding.outputs]
+            shapes = [*binding.input_shapes, *binding.output_shapes]
+            spots: dict[tuple[str, ...], list[_Spot]] = {group: [] for group in binding.choices}
+            for group, found in spots.items():
+                for place, (pattern, shape) in enumerate(zip(patterns, shapes, strict=True)):
+                    spot = binding.concerned(pattern, shape, group)
+                    if spot is not None:
+                        found.append(_Spot(place, *spot))
+            self._spots[id(binding)] = binding, spots
+        return self._spots[id(binding)][1]
+
     @staticmethod
-    def _places(node: fx.Node, binding: Binding) -> list[tuple[Value, Any, Any]]:
+    def _values(node: fx.Node, binding: Binding) -> list[tuple[Value, int]]:
+        """The arguments and results of a call, each with its rank."""
         inputs = [
-            (value_of(arg), p, s)
-            for arg, p, s in zip(tensor_inputs(node), binding.inputs, binding.input_shapes, strict=True)
+            (value_of(arg), len(shape)) for arg, shape in zip(tensor_inputs(node), binding.input_shapes, strict=True)
         ]
-        outputs = [
-            ((node, k), p, s) for k, (p, s) in enumerate(zip(binding.outputs, binding.output_shapes, strict=True))
-        ]
-        return inputs + outputs
+        return inputs + [((node, k), len(shape)) for k, shape in enumerate(binding.output_shapes)]
 
     def for_call(self, node: fx.Node) -> Callable[[Binding, tuple[str, ...]], Sequence[Cut]]:
         """The cuts to try for each split name of a call."""
-        return lambda binding, group: list(self.group(binding, self._places(node, binding), group).values())
+        return lambda binding, group: list(self._group(binding, self._values(node, binding), group).values())
 
 
 def _note(known: dict[Any, Cut], cut: Cut) -> bool:
@@ -203,6 +244,9 @@ class Want:
 
     placement: Placement
     joins: bool = False
+
+
+Options = tuple[tuple[Want, ...], ...]  # per choice of a user: what it wants of a value
 
 
 class _Infeasible(Exception):
@@ -232,7 +276,7 @@ class _Problem:
     )  # per variable and choice: seconds, bytes held
     _costs: dict[Any, tuple[float, float]] = field(default_factory=dict)
     _tables: dict[Any, torch.Tensor] = field(default_factory=dict)
-    _wants: dict[tuple[fx.Node, tuple[int, ...]], list[tuple[Want, ...]]] = field(default_factory=dict)
+    _wants: dict[fx.Node, dict[tuple[int, ...], Options]] = field(default_factory=dict)
 
     def _variable(self, choices: Sequence[Any]) -> int:
         self.choices.append(list(choices))
@@ -348,26 +392,32 @@ class _Problem:
 
     def prune(self, users: Users) -> None:
         """Take out choices that nothing can lead to or use: arc consistency over the edges. Keeps the exact solution small."""
-        feasible: dict[Any, bool] = {}
+        edges: dict[Any, tuple[list[bool], list[bool]]] = {}  # equal edges, in all layers, are looked at once
 
-        def leads(value: Value, have: Placement, want: Want) -> bool:
+        def edge(value: Value, offers: tuple[Placement, ...], options: Options) -> tuple[list[bool], list[bool]]:
+            """Which of a user's options can be reached, and which of the offers can reach one."""
             kind, trainable = output_types(value[0])[value[1]], is_trainable(value[0])
-            key = (kind, trainable, have, want)
-            if key not in feasible:
-                feasible[key] = self._reshard_seconds(kind, trainable, have, want) < float("inf")
-            return feasible[key]
+            key = (kind, trainable, offers, options)
+            if key not in edges:
+                leads = {
+                    (have, want): self._reshard_seconds(kind, trainable, have, want) < float("inf")
+                    for have in offers
+                    for want in {want for option in options for want in option}
+                }
+                reached = [[all(leads[have, want] for want in option) for have in offers] for option in options]
+                edges[key] = [any(row) for row in reached], [any(column) for column in zip(*reached, strict=True)]
+            return edges[key]
 
         changed = True
         while changed:
             changed = False
             for value, consumers in users.items():
-                offers = self.offers(value)
+                offers = tuple(self.offers(value))
                 usable = [True] * len(offers)
                 for user, slots in consumers:
-                    options = self.wants(user, slots)
-                    reached = [[all(leads(value, have, w) for w in option) for have in offers] for option in options]
-                    changed |= self._keep(user, [any(row) for row in reached])
-                    usable = [u and any(row[k] for row in reached) for k, u in enumerate(usable)]
+                    reachable, leading = edge(value, offers, self.wants(user, slots))
+                    changed |= self._keep(user, reachable)
+                    usable = [before and now for before, now in zip(usable, leading, strict=True)]
                 changed |= self._keep(value[0], usable)
 
     def _keep(self, node: fx.Node, kept: Sequence[bool]) -> bool:
@@ -379,8 +429,7 @@ class _Problem:
             raise _Infeasible
         for lists in (self.choices, self._own):
             lists[variable] = [item for item, keep in zip(lists[variable], kept, strict=True) if keep]
-        for key in [key for key in self._wants if key[0] is node]:
-            del self._wants[key]
+        self._wants.pop(node, None)
         return True
 
     def _reshard_seconds(self, kind: TensorType, trainable: bool, source: Placement, want: Want) -> float:
@@ -394,18 +443,18 @@ class _Problem:
 
     # ---- what passes between them -----------------------------------------------------------------------------------
 
-    def wants(self, node: fx.Node, slots: tuple[int, ...]) -> list[tuple[Want, ...]]:
+    def wants(self, node: fx.Node, slots: tuple[int, ...]) -> Options:
         """Per choice of a user: what it wants of the value in these argument slots."""
-        key = (node, slots)
-        if key not in self._wants:
+        known = self._wants.setdefault(node, {})
+        if slots not in known:
             found = self.choices[self.variables[node]] if node in self.variables else [self.fixed[node]]
             activations = [k for k, arg in enumerate(tensor_inputs(node)) if is_trainable(arg) and not is_state(arg)]
             joins = [sum(isinstance(strategy.inputs[k], Shard) for k in activations) > 1 for strategy in found]
-            self._wants[key] = [
+            known[slots] = tuple(
                 tuple(dict.fromkeys(Want(s.inputs[slot], j) for slot in slots))
                 for s, j in zip(found, joins, strict=True)
-            ]
-        return self._wants[key]
+            )
+        return known[slots]
 
     def offers(self, value: Value) -> list[Placement]:
         """The placement of a value under each choice of its producer."""
@@ -439,7 +488,7 @@ class _Problem:
         if len(wants) == 1 or not shared:
             for user, options in wants:
                 self._add(
-                    (producer, user), ("pair", kind, trainable, have, tuple(options)),
+                    (producer, user), ("pair", kind, trainable, have, options),
                     lambda options=options: [[sum(cost(h, w) for w in option) for option in options] for h in have],  # type: ignore[misc]
                 )  # fmt: skip
             return
@@ -469,7 +518,7 @@ class _Problem:
         want: Want,
         from_each: Sequence[float],
         producer: int | None,
-        wants: Sequence[tuple[int | None, list[tuple[Want, ...]]]],
+        wants: Sequence[tuple[int | None, Options]],
     ) -> None:
         """A yes/no variable: the value is also made to be as wanted. Yes costs the reshard; a user that wants it needs a yes."""
         flag = self._variable([False, True])

@@ -1,4 +1,4 @@
-"""Several stages a rank and split backwards: every schedule trains as one process does that runs microbatch after microbatch, to the last bit."""
+"""Several stages a rank and split backwards: every schedule trains as one process does, to the last bit."""
 
 from __future__ import annotations
 
@@ -145,15 +145,19 @@ def test_gradients_are_added_to_what_is_there() -> None:
 
 
 class Counted(nn.Module):
-    """Layers with statistics: their counters are in every stage that holds them."""
+    """Layers with statistics, and a counter that every layer reads: each stage counts for itself."""
+
+    step: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(4))
+        self.register_buffer("step", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        self.step += 1
         for layer in self.layers:
-            x = x + F.gelu(layer(x))
+            x = x + F.gelu(layer(x)) + 0.01 * self.step
         return x.square().mean()
 
 
@@ -162,7 +166,10 @@ def test_batch_statistics_and_counters(schedule: str) -> None:
     torch.manual_seed(0)
     model = Counted()
     batches = [{"x": torch.randn(8, 8)} for _ in range(3)]
-    assert_trains_as_one_process(model, batches, 4, pp=2, schedule=schedule).close()
+    cuts = {"cuts": [f"layers.{number}" for number in (1, 2, 3)]}
+    par = assert_trains_as_one_process(model, batches, 4, pp=2, schedule=schedule, overrides=cuts)
+    assert [name for cls in load_program(par.plan.source(0), "<0>").stages for name in cls.OWN_BUFFERS] == ["step"]
+    par.close()
 
 
 @pytest.mark.parametrize("schedule", SEVERAL)

@@ -499,3 +499,28 @@ def test_a_pin_splits_values_that_no_matmul_splits():
     assert pinned(Shard(1)).placement(weight) == Shard(1)
     with pytest.raises(NoLegalSharding, match="no assignment"):
         pinned(Shard(0, 5))
+
+
+def test_a_graph_too_wide_is_solved_with_some_values_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never worse than the given assignment, and the value is that of the assignment found."""
+    generator = random.Random(0)
+    monkeypatch.setattr(passes.elimination, "WIDE", 30)
+    monkeypatch.setattr(passes.elimination, "LARGEST_TABLE", 30)
+    given_values = 0
+    for _ in range(50):
+        domains = [generator.randint(2, 3) for _ in range(10)]
+        pairs = [tuple(sorted(generator.sample(range(10), 2))) for _ in range(25)]
+        factors = [(pair, torch.rand([domains[v] for v in pair], dtype=torch.float64)) for pair in pairs]
+
+        def value(assignment: list[int], factors: Any = factors) -> float:
+            return sum(float(table[tuple(assignment[v] for v in variables)]) for variables, table in factors)
+
+        fallback = [generator.randrange(size) for size in domains]
+        assignment, least = minimise(domains, factors, fallback)
+        assert value(assignment) == pytest.approx(least)
+        assert least <= value(fallback) + 1e-12
+        try:
+            minimise(domains, factors)
+        except MemoryError:
+            given_values += 1
+    assert given_values > 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -90,7 +91,7 @@ def page_data(page: str) -> dict:
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_holds_every_span():
-    lanes = (lane("gpipe", 3, 4), split_lane())
+    lanes = (dataclasses.replace(lane("gpipe", 3, 4), row_notes=("</script>",) * 3), split_lane())
     page = Drawing(lanes, "</script><b>", notes=("stage 1 begins at <x>",)).html()
     assert not re.search(r"(src|href)\s*=|@import|url\(|https?://", page)
     assert "<b>" not in page.split("<script")[0] and "&lt;x&gt;" in page
@@ -114,9 +115,12 @@ def test_the_page_needs_nothing_from_elsewhere_and_holds_every_span():
 
 
 def test_a_trace_has_rows_without_overlap_and_arrows_from_box_to_box():
-    events = json.loads(Drawing((lane("1f1b", 3, 4), split_lane())).trace())["traceEvents"]
+    both = split_lane()
+    at_once = tuple(Span(0, k * 1e-4, 2e-3 + k * 1e-4, "send", k) for k in range(3))
+    both = dataclasses.replace(both, spans=(*both.spans, *at_once))
+    events = json.loads(Drawing((lane("1f1b", 3, 4), both)).trace())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
-    assert len(spans) == len(lane("1f1b", 3, 4).spans) + len(split_lane().spans)
+    assert len(spans) == len(lane("1f1b", 3, 4).spans) + len(both.spans)
     rows: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for event in spans:
         rows.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))

@@ -149,7 +149,7 @@ class RolledRows(Stack):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x = self.run(x)
-        return F.triplet_margin_loss(x, y, x.roll(1, 0))
+        return F.mse_loss(x - x.roll(1, 0), y)
 
 
 class Teacher(Stack):

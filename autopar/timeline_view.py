@@ -217,7 +217,7 @@ def time_table(lane: Lane) -> str:
 
 def lane_text(lane: Lane) -> str:
     """The rows in characters, as in a printed plan."""
-    return Timeline(lane.spans, lane.num_ranks, lane.step_seconds).text()
+    return Timeline(lane.spans, lane.num_ranks, lane.step_seconds, lane.stage_ranks).text()
 
 
 def lane_of(timeline: Timeline, name: str, stage_ranks: Sequence[int] | None = None, **more: object) -> Lane:

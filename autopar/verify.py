@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from autopar.compare import (
@@ -210,6 +211,28 @@ def _outcome(
     )
 
 
+class _InPlaceOfFloat32(TorchFunctionMode):
+    """Takes a precision where a model's own code names float32, as norms and softmaxes in low precision do."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].to(self.dtype)
+        return func(*self._raised(args), **self._raised(kwargs or {}))
+
+    def _raised(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+            return type(value)(self._raised(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self._raised(item) for key, item in value.items()}
+        return self.dtype if value is torch.float32 else value
+
+
 def _exact_outcome(
     par: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_fn: Callable[..., Any] | None,
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
@@ -219,7 +242,8 @@ def _exact_outcome(
         try:
             raised = _without_dropout(model).to(dtype)
             function = copy.deepcopy(loss_fn).to(dtype) if isinstance(loss_fn, nn.Module) else loss_fn
-            return _outcome(par, raised, args, kwargs, function, dtype)
+            with _InPlaceOfFloat32(dtype):
+                return _outcome(par, raised, args, kwargs, function, dtype)
         except (RuntimeError, TypeError, NotImplementedError) as error:  # an op or a device without it, dtypes that mix
             reason = str(error).partition("\n")[0]
     if torch.float32 not in dtypes:

@@ -176,9 +176,7 @@ class _Cuts:
                         changed.append(value)
         return changed
 
-    def _group(
-        self, binding: Binding, values: Sequence[tuple[Value, int]], group: tuple[str, ...]
-    ) -> dict[Any, Cut]:
+    def _group(self, binding: Binding, values: Sequence[tuple[Value, int]], group: tuple[str, ...]) -> dict[Any, Cut]:
         """The cuts of a split name that any of its dims knows."""
         found: dict[Any, Cut] = {(1, 0): Cut()}
         for spot in self._spots_of(binding)[group]:

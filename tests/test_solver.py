@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import models
@@ -17,7 +18,7 @@ from torch import fx, nn
 import passes.elimination
 from autopar.trace import Traced, trace
 from costmodel.errors import NoLegalSharding
-from costmodel.hardware import hardware
+from costmodel.hardware import Link, hardware
 from costmodel.memory import optimizer_seconds, training_state_bytes
 from passes import shard as shard_pass
 from passes.costs import Pricing
@@ -246,15 +247,17 @@ def objective_of_the_best(
         total = total + table.permute(ranked).reshape(shape)
 
     # seconds and bytes of every choice on its own
-    def all_reduce_seconds(value: TensorType) -> float:
-        return collective_seconds(
-            "all_reduce", num_bytes=pricing.num_bytes(value), axis_size=axis_size, link=pricing.link(axis_size)
-        )
+    def all_reduce_seconds(value: TensorType, link: Link) -> float:
+        return collective_seconds("all_reduce", num_bytes=pricing.num_bytes(value), axis_size=axis_size, link=link)
 
     def of_call(node: fx.Node, strategy: Strategy) -> tuple[float, float]:
         call = call_of(node)
         cost = pricing.cost(call, tuple(is_trainable(a) for a in tensor_inputs(node)), strategy, axis_size)
-        inside = strategy.local.all_reduces * all_reduce_seconds(call.inputs[-1]) if strategy.local else 0.0
+        inside = (
+            strategy.local.all_reduces * all_reduce_seconds(call.inputs[-1], pricing.link(axis_size))
+            if strategy.local
+            else 0.0
+        )
         return sum(pricing.seconds(cost, call.outputs[0])) + inside, float(cost.saved_bytes)
 
     def of_parameter(node: fx.Node, placement: Placement) -> tuple[float, float]:
@@ -262,7 +265,9 @@ def objective_of_the_best(
         held = math.prod(local_type(value, {"tp": placement}, {"tp": axis_size}).shape)
         if not is_trainable(node):
             return 0.0, 4.0 * held
-        owed = all_reduce_seconds(value) if placement == COPIED else 0.0
+        # all sums owed once a step are one all_reduce, whose latency no parameter adds to
+        together = replace(pricing.link(axis_size), latency_seconds=0.0)
+        owed = all_reduce_seconds(value, together) if placement == COPIED else 0.0
         return (float(optimizer_seconds(held, pricing.hardware)) + owed) / microbatches, float(
             training_state_bytes(held)
         )
@@ -493,7 +498,9 @@ def test_a_pin_splits_values_that_no_matmul_splits():
 
     def pinned(wanted: Placement) -> Any:
         pins = lambda name, kind, choices: [choice for choice in choices if choice == wanted]  # noqa: E731
-        return shard(model.graph_module, axis="tp", axis_size=2, pricing=Pricing(hardware("cpu"), model.sizes), pins=pins)
+        return shard(
+            model.graph_module, axis="tp", axis_size=2, pricing=Pricing(hardware("cpu"), model.sizes), pins=pins
+        )
 
     assert pinned(Shard(0)).placement(weight) == Shard(0)
     assert pinned(Shard(1)).placement(weight) == Shard(1)

@@ -1,16 +1,17 @@
-"""The transfers of one rank: receives posted ahead, adjacent transfers in one go, sends waited for late.
+"""The transfers of one rank: receives posted ahead and waited for at their use, sends waited for late.
 
 Design note. When it is made, a schedule's transfers become records: everything a table can hold is looked up once. Adjacent transfers
-are one run: its sends are started, then its receives are waited for.
+are one run: its receives are posted and its sends started.
 
-Receives are posted ahead: the first of every peer when the step begins, each further one as soon as the one before it has come, which is
-before the compute that uses it. So a sender finds its receive posted and the transfer goes on beside the compute. Per peer they are
-posted in the order of the schedule, which is the order of the peer's sends: NCCL matches by order alone, activations and gradients of
-all stages of two ranks together. gloo matches by tag; there the tag says which stages and which microbatch (modulo `_WINDOW`, far
-more than are ever under way).
+A receive is waited for by the compute that needs it (`waits`), which may stand many computes later. Receives are posted one ahead of
+the schedule: the first of every peer when the step begins, and with each run its own and the next one of their peers. So a sender
+finds its receive posted and the transfer goes on beside the compute; and how many receives are under way follows from the list
+alone. Per peer they are posted in the order of the schedule, which is the order of the peer's sends: NCCL matches by order alone,
+activations and gradients of all stages of two ranks together. gloo matches by tag; there the tag says which stages and which
+microbatch (modulo `_WINDOW`, far more than are ever under way).
 
-A send is waited for when `MOST_SENDS` more have been started since, and at the end of the step. The order pass proves the schedule
-for sends that wait where they stand; waiting later only waits less. On CUDA with NCCL, waiting makes the stream wait, not the host.
+A send is waited for when `MOST_SENDS` more have been started since, and at the end of the step. The schedule is proved for transfers
+that are waited for where they stand; waiting later only waits less. On CUDA with NCCL, waiting makes the stream wait, not the host.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from autopar.runtime.chunk import Chunk
 from autopar.runtime.world import World
 from costmodel.errors import BadPlan
 from passes.instructions import (
+    Backward,
+    BackwardInput,
+    Forward,
     Instruction,
     RecvActivation,
     RecvGradient,
@@ -43,7 +47,7 @@ MOST_SENDS = 4
 class _Transfer:
     """A transfer instruction on this rank. `places` are in RECEIVES or SENDS of the chunk, in the order they are sent."""
 
-    __slots__ = ("chunk", "gradient", "last", "microbatch", "peer", "places", "queue", "slots", "tag", "text")
+    __slots__ = ("chunk", "gradient", "last", "microbatch", "peer", "places", "slots", "tag", "text")
 
     def __init__(self, instruction: Any, text: bytes, chunk: Chunk, peer: int, num_stages: int) -> None:
         self.text, self.chunk, self.peer, self.microbatch = text, chunk, peer, instruction.microbatch
@@ -68,39 +72,38 @@ class _Transfer:
         kind = (self.microbatch % _WINDOW * num_stages + source) * num_stages + to
         self.tag = kind * _TENSORS_PER_TRANSFER
         self.last = False  # the last of its kind for its microbatch and chunk: what it sends may be dropped
-        self.queue: _Queue | None = None
 
 
 class _Queue:
-    """The receives from one peer in their order, and how many of them were posted and have come in this step."""
+    """The receives from one peer in their order, and how many of them were posted in this step."""
 
-    __slots__ = ("done", "posted", "transfers")
+    __slots__ = ("posted", "transfers")
 
     def __init__(self) -> None:
         self.transfers: list[_Transfer] = []
-        self.posted = self.done = 0
+        self.posted = 0
 
 
 class Run:
-    """Adjacent transfers."""
+    """Adjacent transfers: the sends, and up to where the queues of receives are posted then. `text` is the board's."""
 
-    __slots__ = ("receives", "sends")
+    __slots__ = ("posts", "sends", "text")
 
     def __init__(self) -> None:
-        self.receives: list[_Transfer] = []
+        self.posts: dict[_Queue, int] = {}
         self.sends: list[_Transfer] = []
+        self.text = b""
 
 
 class Line:
-    """The transfers of one schedule: its runs, in order, and the queue of each peer."""
+    """The transfers of one schedule: its runs by the place of their first instruction, the receives that are waited for
+    before the instruction at a place, and the queue of each peer.
+    """
 
     def __init__(self) -> None:
+        self.runs: dict[int, Run] = {}
+        self.waits: dict[int, list[_Transfer]] = {}
         self.queues: dict[int, _Queue] = {}
-
-    def start(self) -> None:
-        """A new step."""
-        for queue in self.queues.values():
-            queue.posted = queue.done = 0
 
 
 class Transfers:
@@ -111,28 +114,36 @@ class Transfers:
         self._sent: deque[tuple[list[Any], list[torch.Tensor], _Transfer]] = deque()
         self._coming: dict[_Transfer, tuple[list[Any], list[torch.Tensor]]] = {}
 
-    def compile(self, schedule: Sequence[Instruction]) -> tuple[Line, dict[int, Run]]:
-        """The runs of a schedule, by the place of their first instruction."""
-        line, runs = Line(), {}
+    def compile(self, schedule: Sequence[Instruction]) -> Line:
+        """The transfers of a schedule. BadPlan for a receive that no later compute needs."""
+        line = Line()
         last: dict[tuple[type, int, int], _Transfer] = {}
+        coming: dict[tuple[int, int, bool], list[_Transfer]] = {}  # by chunk, microbatch, gradients or not
         run: Run | None = None
         for index, instruction in enumerate(schedule):
             if not isinstance(instruction, TRANSFERS):
                 run = None
+                if isinstance(instruction, (Forward, Backward, BackwardInput)):
+                    key = instruction.chunk, instruction.microbatch, not isinstance(instruction, Forward)
+                    line.waits[index] = coming.pop(key, [])
                 continue
-            if run is None:
-                run = runs[index] = Run()
             transfer = self._transfer_of(instruction)
+            if run is None:
+                run = line.runs[index] = Run()
             if isinstance(instruction, RECEIVES):
-                run.receives.append(transfer)
-                transfer.queue = line.queues.setdefault(transfer.peer, _Queue())
-                transfer.queue.transfers.append(transfer)
+                queue = line.queues.setdefault(transfer.peer, _Queue())
+                queue.transfers.append(transfer)
+                run.posts[queue] = len(queue.transfers) + 1
+                coming.setdefault((instruction.chunk, transfer.microbatch, transfer.gradient), []).append(transfer)
             else:
                 run.sends.append(transfer)
                 last[type(instruction), instruction.microbatch, instruction.chunk] = transfer
+            run.text = run.sends[0].text if run.sends else run.text or transfer.text
         for transfer in last.values():
             transfer.last = True
-        return line, runs
+        for waiting in coming.values():
+            raise BadPlan(f"No compute after {waiting[0].text.rstrip(bytes(1)).decode()} needs what it receives.")
+        return line
 
     def _transfer_of(self, instruction: Any) -> _Transfer:
         stage = instruction.source if isinstance(instruction, RECEIVES) else instruction.to
@@ -146,17 +157,18 @@ class Transfers:
 
     def start(self, line: Line) -> None:
         """Post the first receive of every peer."""
-        line.start()
         for queue in line.queues.values():
-            self._post_next(queue)
+            queue.posted = 0
+            self._post(queue, 1)
 
-    def _post_next(self, queue: _Queue) -> None:
-        """Post the next receive of a peer, if there is one."""
-        number = queue.posted
-        if number == len(queue.transfers):
-            return
-        transfer = queue.transfers[number]
-        queue.posted = number + 1
+    def _post(self, queue: _Queue, count: int) -> None:
+        """Post the receives of a peer until `count` of them are, or all."""
+        transfers = queue.transfers
+        for number in range(queue.posted, min(count, len(transfers))):
+            self._post_one(transfers[number])
+            queue.posted = number + 1
+
+    def _post_one(self, transfer: _Transfer) -> None:
         rings = transfer.chunk.rings
         assert rings is not None
         of_values = (rings.gradients if transfer.gradient else rings.received)[transfer.microbatch]
@@ -170,13 +182,13 @@ class Transfers:
         self._coming[transfer] = works, tensors
 
     def run(self, run: Run) -> None:
-        """Start a run's sends, wait for its receives, and post the ones that follow those."""
+        """Post a run's receives and the next of each peer, start its sends, and wait for sends that are long under way."""
+        for queue, count in run.posts.items():
+            self._post(queue, count)
         for transfer in run.sends:
             self._send(transfer)
         while len(self._sent) > MOST_SENDS:
             self._finish_send()
-        for transfer in run.receives:
-            self._receive(transfer)
 
     def _send(self, transfer: _Transfer) -> None:
         flight = transfer.chunk.flight(transfer.microbatch)
@@ -195,17 +207,10 @@ class Transfers:
             else:
                 flight.outputs = ()
 
-    def _receive(self, transfer: _Transfer) -> None:
-        queue, coming = transfer.queue, self._coming
-        assert queue is not None
-        while transfer not in coming:
-            self._post_next(queue)
-        works, tensors = coming[transfer]
-        self._wait(works, transfer)
-        del coming[transfer]
-        queue.done += 1
-        if queue.posted == queue.done:
-            self._post_next(queue)
+    def receive(self, transfer: _Transfer) -> None:
+        """Wait for what a posted receive brings, and hand it to its stage."""
+        works, tensors = self._coming.pop(transfer)
+        self._wait(works, transfer.peer)
         flight = transfer.chunk.flight(transfer.microbatch)
         if transfer.gradient:
             for slot, tensor in zip(transfer.slots, tensors, strict=True):
@@ -214,15 +219,15 @@ class Transfers:
             for place, tensor in zip(transfer.places, tensors, strict=True):
                 flight.arguments[place] = tensor
 
-    def _wait(self, works: Sequence[Any], transfer: _Transfer) -> None:
-        world = self._world
-        world.board.show(transfer.text)
+    def _wait(self, works: Sequence[Any], peer: int) -> None:
+        wait = self._world.wait
         for work in works:
-            world.wait(work, transfer.peer)
+            wait(work, peer)
 
     def _finish_send(self) -> None:
         works, _, transfer = self._sent.popleft()
-        self._wait(works, transfer)
+        self._world.board.show(transfer.text)
+        self._wait(works, transfer.peer)
 
     def finish_sends(self) -> None:
         """Wait for all that was sent."""

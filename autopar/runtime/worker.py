@@ -133,12 +133,13 @@ class Worker:
             BackwardInput: lambda chunk: chunk.backward_input,
             BackwardWeight: lambda chunk: chunk.backward_weight,
         }
-        line, runs = self._transfers.compile(schedule)
+        line = self._transfers.compile(schedule)
         actions: list[_Action] = []
         for index, instruction in enumerate(schedule):
             text = padded(repr(instruction))
-            if index in runs:
-                actions.append((text, self._transfers.run, runs[index]))
+            actions += [(each.text, self._transfers.receive, each) for each in line.waits.get(index, ())]
+            if index in line.runs:
+                actions.append((line.runs[index].text, self._transfers.run, line.runs[index]))
             elif isinstance(instruction, SumGradients):
                 actions.append((text, self._sum_gradients, None))
             elif type(instruction) in methods:

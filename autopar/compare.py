@@ -141,9 +141,7 @@ def allow_rounding(comparison: Comparison, untouched: Outcome, exact: Outcome) -
     loss_tolerance = comparison.loss_tolerance
     if loss_rounding <= 100 * loss_tolerance:
         loss_tolerance = max(loss_tolerance, ROUNDING_FACTOR * loss_rounding)
-    return replace(
-        comparison, differences=tuple(map(again, comparison.differences)), loss_tolerance=loss_tolerance
-    )
+    return replace(comparison, differences=tuple(map(again, comparison.differences)), loss_tolerance=loss_tolerance)
 
 
 def compare_low_precision(found: Outcome, untouched: Outcome, exact: Outcome, eps: float) -> Comparison:

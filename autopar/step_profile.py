@@ -1,9 +1,11 @@
 """A measured step, in the same spans as a predicted one: what `par.profile_step()` returns.
 
 Design note. Each rank knows when its instructions began and ended (`autopar.runtime.record`), and nothing of the others. Put together, they
-tell waiting from moving, by the simulation's own rule: a transfer goes on from when both ends have asked for it to when the receive
-is done. What a rank spends in its transfers before that is bubble. What it spends in neither computation, transfers nor waiting is
-overhead, and is a span: Python between instructions, the step's preparation, the loss.
+tell waiting from moving: a transfer goes on from when its send is started and its receiver waits for it to when the receiver has it. What
+comes beside a computation, and so is there when it is asked for, takes no more than it takes to ask. What a rank waits before the send
+is bubble. What it spends in neither computation, transfers nor waiting is overhead, and is a span: Python between instructions, the
+step's preparation, the loss. `replayed_seconds` is the step without any of that: the same computations, as long as they took, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from autopar.runtime.record import RankRecord, on_one_clock
 from autopar.timeline_drawing import Drawing, plan_drawing
 from autopar.timeline_view import Lane, interval_difference, interval_union, plan_lane
 from passes.instructions import (
+    Compute,
     Instruction,
     RecvActivation,
     RecvGradient,
@@ -27,17 +30,14 @@ from passes.instructions import (
     SumGradients,
     Transfer,
 )
-from passes.timeline import Span
+from passes.timeline import KINDS, Span, replay
 
 if TYPE_CHECKING:
     from autopar.plan import Plan
 
 _RECVS = (RecvActivation, RecvGradient)
 _SENDS = (SendActivation, SendGradient)
-_KINDS = {
-    "Forward": "forward", "Backward": "backward", "BackwardInput": "backward input", "BackwardWeight": "backward weight",
-    "SumGradients": "sum gradients",
-}  # fmt: skip
+_KINDS = {**{kind.__name__: name for kind, name in KINDS.items()}, "SumGradients": "sum gradients"}
 _LEAST_OVERHEAD_SECONDS = 1e-6  # a shorter gap is the clock's own
 
 Interval = tuple[float, float]
@@ -63,6 +63,21 @@ class StepProfile:
     def step_seconds(self) -> float:
         """From the first rank's start to the last one's end; without the optimizer's step."""
         return self.lane.step_seconds
+
+    @property
+    def replayed_seconds(self) -> float:
+        """What the step would have taken if its computations, each as long as it was, waited for nothing but each other: they are
+        played through the simulator, with transfers that take no time.
+        """
+        measured = {
+            (span.rank, span.kind, span.microbatch, span.chunk): span.end_seconds - span.start_seconds
+            for span in self.lane.spans
+        }
+
+        def seconds(rank: int, compute: Compute) -> float:
+            return measured[rank, KINDS[type(compute)], compute.microbatch, compute.chunk]
+
+        return replay(self.plan.instructions, seconds, stage_ranks=self.plan.stage_ranks).step_seconds
 
     def drawing(self) -> Drawing:
         """The measured step alone."""
@@ -123,7 +138,7 @@ def measured_lane(plan: Plan, records: Sequence[RankRecord]) -> Lane:
     ]
     first, last = min(row.record.begin for row in rows), max(row.record.end for row in rows)
     sent: dict[_Key, float] = {}  # when it was offered
-    received: dict[_Key, Interval] = {}  # when it was asked for, and when it was there
+    received: dict[_Key, Interval] = {}  # when it was waited for, and when it was there
     for place, row in enumerate(rows):
         for transfers, start, end in row.runs:
             for one in transfers:
@@ -143,29 +158,30 @@ def measured_lane(plan: Plan, records: Sequence[RankRecord]) -> Lane:
 
 
 def _sorted_out(record: RankRecord, listed: Sequence[Instruction]) -> _Row:
-    """A record's actions as instructions; what it calls by its first transfer is the whole run of adjacent ones."""
+    """A record's actions as instructions. The sends of a run go by the name of the first; a receive is named where it is posted, if
+    its run has no sends, and where it is waited for: that is later, and what counts.
+    """
     named: dict[str, list[Instruction]] = {}
     run: list[Instruction] = []
     for one in listed:
-        if isinstance(one, (*_SENDS, *_RECVS)):
+        if isinstance(one, _SENDS):
             run.append(one)
-        else:
+        elif not isinstance(one, _RECVS):
             run = []
-        named[repr(one)] = run if run else [one]
+        named[repr(one)] = run if isinstance(one, _SENDS) else [one]
     row = _Row(record)
-    of_run: dict[int, int] = {}  # id of a run -> its place in row.runs
+    awaited: dict[Transfer, Interval] = {}
     for text, start, end in record.actions:
         found = named.get(text)
         if found is None:
             continue
-        if not isinstance(found[0], (*_SENDS, *_RECVS)):
-            row.computes.append((found[0], start, end))
-        elif id(found) in of_run:  # another part of the same run
-            transfers, begin, _ = row.runs[of_run[id(found)]]
-            row.runs[of_run[id(found)]] = transfers, begin, end
+        if isinstance(found[0], _RECVS):
+            awaited[found[0]] = start, end
+        elif isinstance(found[0], _SENDS):
+            row.runs.append(([one for one in found if isinstance(one, _SENDS)], start, end))
         else:
-            of_run[id(found)] = len(row.runs)
-            row.runs.append(([one for one in found if isinstance(one, (*_SENDS, *_RECVS))], start, end))
+            row.computes.append((found[0], start, end))
+    row.runs += [([one], start, end) for one, (start, end) in awaited.items()]
     return row
 
 

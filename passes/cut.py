@@ -270,11 +270,13 @@ class _Chosen:
     objective: Objective
     ends: list[int]
     excess_bytes: float = field(init=False)
+    bare_ranks: float = field(init=False)
     step_seconds: float = field(init=False)
 
     def __post_init__(self) -> None:
         judged = self.objective.judge(torch.tensor([self.ends]))
-        self.excess_bytes, self.step_seconds = float(judged.excess_bytes[0]), float(judged.step_seconds[0])
+        self.excess_bytes, self.bare_ranks = float(judged.excess_bytes[0]), float(judged.bare_ranks[0])
+        self.step_seconds = float(judged.step_seconds[0])
 
     @property
     def places(self) -> list[int]:
@@ -289,10 +291,9 @@ class _Chosen:
         return float(loads.amax() / loads.mean()) if float(loads.sum()) else 1.0
 
     def no_worse(self, other: _Chosen, slack: float = 1.0) -> bool:
-        """Exceeds the device by no more than the other, and is at most `slack` times as slow."""
-        return self.excess_bytes <= other.excess_bytes and (
-            self.excess_bytes < other.excess_bytes or self.step_seconds <= slack * other.step_seconds
-        )
+        """Exceeds the device by no more than the other, leaves no more ranks bare, and is at most `slack` times as slow."""
+        mine, others = (self.excess_bytes, self.bare_ranks), (other.excess_bytes, other.bare_ranks)
+        return mine < others or (mine == others and self.step_seconds <= slack * other.step_seconds)
 
 
 def _best(

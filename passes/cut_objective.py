@@ -1,10 +1,11 @@
-"""What a cut is judged by: the memory of the fullest rank, and then the step time of the chosen schedule.
+"""What a cut is judged by: the memory of the fullest rank, ranks left without parameters, and then the step time of the schedule.
 
 Design note. The dynamic programme of `passes.cut` finds the least maximum stage time. That is a good start and not the aim: how
 long a step takes also depends on the schedule (what fills and drains the pipeline, which rank has which stages), on each pair of
 stages' transfers, and on the memory of a rank with all its stages. `Objective` prices all of it for many cuts at once: a cut is a
 row of indices into some places, times and bytes come from running sums, transfers from the values that are made in one stage and
-used in another, and the step time from `StepTimes`. `improved` tries every cut where there are few, and elsewhere moves boundaries,
+used in another, and the step time from `StepTimes`. A rank that would hold no parameter (a cut right before the loss can be the
+quickest) is avoided where it can be: torch's optimizers refuse an empty list, so a user's line would raise there. `improved` tries every cut where there are few, and elsewhere moves boundaries,
 one or several adjacent ones together by a place (so that work can pass through the stages between), as long as the step gets shorter.
 """
 
@@ -39,9 +40,11 @@ InFlight = Callable[[int, int], int]
 
 @dataclass(frozen=True)
 class Judged:
-    """Cuts, judged: bytes by which the fullest rank exceeds the device, seconds of a step, seconds of all transfers. [K] each."""
+    """Cuts, judged: bytes by which the fullest rank exceeds the device, how many ranks hold no parameter, seconds of a step, seconds
+    of all transfers. [K] each."""
 
     excess_bytes: torch.Tensor
+    bare_ranks: torch.Tensor
     step_seconds: torch.Tensor
     sent_seconds: torch.Tensor
 
@@ -67,6 +70,7 @@ class Objective:
         first = [sum(numel for numel, previous in uses if previous < 0) for uses in line.first_use]
         state = self._sums([float(training_state_bytes(numel)) for numel in first])
         self._held = state.unsqueeze(1), saved.unsqueeze(1)
+        self._uses = self._sums([float(len(uses)) for uses in line.first_use])
         self._in_flight = torch.tensor([in_flight(stage, num_stages) for stage in range(num_stages)], dtype=torch.float64)
         self._latency, self._per_byte = _links(self.stage_ranks, hardware, axis_sizes)
         self._values(line)
@@ -132,14 +136,16 @@ class Objective:
         forward, backward = self.stage_seconds(ends)
         _, sends = self.transfers(ends)
         state, saved = (table.squeeze(1)[ends].diff() for table in self._held)
-        memory = torch.zeros(len(ends), max(self.stage_ranks) + 1, dtype=torch.float64)
-        memory.index_add_(1, torch.tensor(self.stage_ranks), state + saved * self._in_flight)
+        ranks = torch.tensor(self.stage_ranks)
+        memory, uses = torch.zeros(2, len(ends), max(self.stage_ranks) + 1, dtype=torch.float64)
+        memory.index_add_(1, ranks, state + saved * self._in_flight)
+        uses.index_add_(1, ranks, self._uses[ends].diff())
         excess = (memory.amax(1) - self._capacity).clamp(min=0.0)
         if self.step_times is not None:
             seconds = self.step_times(forward, backward, sends, sends > 0)
         else:
             seconds = (forward + backward + 2 * sends.sum(2)).amax(1)
-        return Judged(excess, seconds, sends.sum((1, 2)))
+        return Judged(excess, (uses == 0).sum(1).double(), seconds, sends.sum((1, 2)))
 
     # ---- search ---------------------------------------------------------------------------------------------------
 
@@ -168,17 +174,17 @@ class Objective:
 
     def _descended(self, ends: list[int]) -> list[int]:
         now = self.judge(torch.tensor([ends]))
-        excess, seconds = float(now.excess_bytes[0]), float(now.step_seconds[0])
+        fault, seconds = (float(now.excess_bytes[0]), float(now.bare_ranks[0])), float(now.step_seconds[0])
         for _ in range(_MOST_ROUNDS):
             moves = self._moves(ends)
             if not len(moves):
                 break
             judged = self.judge(moves)
-            best = _first(judged.excess_bytes, judged.step_seconds)
-            gained = float(judged.excess_bytes[best]), float(judged.step_seconds[best])
-            if gained[0] >= excess and (gained[0] > excess or gained[1] > seconds * _GAIN):
+            best = _first(judged.excess_bytes, judged.bare_ranks, judged.step_seconds)
+            gained = float(judged.excess_bytes[best]), float(judged.bare_ranks[best])
+            if gained >= fault and (gained > fault or float(judged.step_seconds[best]) > seconds * _GAIN):
                 break
-            ends, (excess, seconds) = moves[best].tolist(), gained
+            ends, fault, seconds = moves[best].tolist(), gained, float(judged.step_seconds[best])
         return ends
 
     def _moves(self, ends: Sequence[int]) -> torch.Tensor:
@@ -195,8 +201,8 @@ class Objective:
     def _best(self, ends: torch.Tensor) -> list[int]:
         """The first row is what there is without a search: what is taken is no slower. Of those within _TIE, what sends least."""
         judged = self.judge(ends)
-        least = judged.excess_bytes.amin()
-        fits = judged.excess_bytes <= least
+        fits = judged.excess_bytes <= judged.excess_bytes.amin()
+        fits &= judged.bare_ranks <= judged.bare_ranks[fits].amin()
         quickest = float(judged.step_seconds[fits].amin())
         limit = quickest * _TIE
         if bool(fits[0]):

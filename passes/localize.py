@@ -323,7 +323,9 @@ def _with_rows(flat: fx.Node, like: fx.Node, place: fx.Node) -> fx.Node:
     for size in kind.shape[:-1]:
         rows = rows * size
     placed = {axis: replace(p, dim=1) if isinstance(p, Shard) else p for axis, p in sharding(like).items()}
-    where: dict[str, Any] = {key: place.meta[key] for key in ("origin", "owner", "frames", "segment") if key in place.meta}
+    where: dict[str, Any] = {
+        key: place.meta[key] for key in ("origin", "owner", "frames", "segment") if key in place.meta
+    }
     rows_type = TensorType(kind.dtype, (rows, kind.shape[-1]))
     flat.meta = {"trainable": is_trainable(like), **where, "tensor": rows_type, "sharding": placed}
     return flat

@@ -241,9 +241,7 @@ def simulate(
     `send_seconds(from_stage, to_stage)`. `rendezvous`: see the module. BadSchedule if ranks wait for each other in a
     circle, or for a transfer that the other end does not have.
     """
-    num_ranks = len(instructions)
-    ranks = tuple(range(num_ranks) if stage_ranks is None else stage_ranks)
-    stages = stages_of_ranks(ranks)
+    stages = stages_of_ranks(tuple(range(len(instructions)) if stage_ranks is None else stage_ranks))
     half = [seconds / 2 for seconds in backward_seconds]
     seconds: dict[type[Compute], Sequence[float]] = {
         Forward: forward_seconds,
@@ -251,6 +249,27 @@ def simulate(
         BackwardInput: half if backward_input_seconds is None else backward_input_seconds,
         BackwardWeight: half if backward_weight_seconds is None else backward_weight_seconds,
     }
+    return replay(
+        instructions,
+        lambda rank, compute: seconds[type(compute)][stages[rank][compute.chunk]],
+        stage_ranks=stage_ranks,
+        send_seconds=send_seconds,
+        rendezvous=rendezvous,
+    )
+
+
+def replay(
+    instructions: Sequence[Sequence[Instruction]],
+    compute_seconds: Callable[[int, Compute], float],
+    *,
+    stage_ranks: Sequence[int] | None = None,
+    send_seconds: Callable[[int, int], float] | float = 0.0,
+    rendezvous: bool = False,
+) -> Timeline:
+    """`simulate` with a time for each compute of each rank: `compute_seconds(rank, compute)`."""
+    num_ranks = len(instructions)
+    ranks = tuple(range(num_ranks) if stage_ranks is None else stage_ranks)
+    stages = stages_of_ranks(ranks)
     steps = [_steps(stages[rank], listed, rendezvous) for rank, listed in enumerate(instructions)]
     position = [0] * num_ranks
     now = [0.0] * num_ranks
@@ -291,10 +310,9 @@ def simulate(
                 break
             now[rank] = max([now[rank], *(finished(rank, end) for end in step.waits)])
             if step.compute is not None:
-                kind = type(step.compute)
-                start, chunk = now[rank], step.compute.chunk
-                now[rank] = start + seconds[kind][stages[rank][chunk]]
-                spans[rank].append(Span(rank, start, now[rank], KINDS[kind], step.compute.microbatch, chunk))
+                start, one = now[rank], step.compute
+                now[rank] = start + compute_seconds(rank, one)
+                spans[rank].append(Span(rank, start, now[rank], KINDS[type(one)], one.microbatch, one.chunk))
             elif not step.run:
                 now[rank] = max(now[rank], unfinished[rank])
             at += 1

@@ -396,3 +396,10 @@ def test_the_notes_step_is_the_plans(made: Callable[[], Plan]) -> None:
     plan = made()
     said = boundary_notes(plan)[0][0]
     assert plan.simulated().step_seconds * 1e3 == pytest.approx(said, rel=0.01 if made is not gpt2_plan else 1e-3)
+
+
+def test_no_rank_is_left_without_a_parameter_where_the_model_has_places_enough() -> None:
+    # quickest would be to let the last stage have the loss alone; torch's optimizers refuse an empty list
+    for tied in (True, False):
+        plan = autopar.parallelize(GPT(tied=tied), gpt_batch(), pp=4).plan
+        assert all(stage.parameters for stage in plan.stages), [stage.layers for stage in plan.stages]

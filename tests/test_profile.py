@@ -15,7 +15,7 @@ import autopar
 from autopar.errors import BadArgument
 from autopar.launch import launch
 from autopar.runtime.record import RankRecord, on_one_clock
-from autopar.step_profile import measured_lane
+from autopar.step_profile import StepProfile, measured_lane
 from autopar.timeline_view import where_time_goes
 from passes.timeline import Span
 
@@ -129,15 +129,15 @@ def records(host: str = "here", ahead: float = 0.0) -> list[RankRecord]:
     first = RankRecord(
         0, "here", 0.0, 12.0,
         (
-            ("Forward(0)", 1.0, 3.0), ("SendActivation(0, to=1)", 3.0, 10.0), ("Backward(0)", 10.0, 11.5),
-            ("SumGradients()", 11.5, 12.0),
+            ("Forward(0)", 1.0, 3.0), ("SendActivation(0, to=1)", 3.0, 3.125), ("RecvGradient(0, source=1)", 3.125, 10.0),
+            ("Backward(0)", 10.0, 11.5), ("SumGradients()", 11.5, 12.0),
         ),
         (),
     )  # fmt: skip
     second = RankRecord(
         1, host, 0.0, 11.0,
         (
-            ("RecvActivation(0, source=0)", 0.0, 4.0), ("Forward(0)", 4.5, 6.0), ("Backward(0)", 6.0, 9.0),
+            ("RecvActivation(0, source=0)", 0.0, 0.0), ("RecvActivation(0, source=0)", 0.0, 4.0), ("Forward(0)", 4.5, 6.0), ("Backward(0)", 6.0, 9.0),
             ("SendGradient(0, to=0)", 9.0, 9.25), ("SumGradients()", 9.25, 11.0),
         ),
         ((5.0, 5.5), (10.0, 10.5)),
@@ -148,7 +148,7 @@ def records(host: str = "here", ahead: float = 0.0) -> list[RankRecord]:
 def one_microbatch_plan() -> autopar.Plan:
     plan = made(pp=2).plan.with_microbatches(1)
     listed = [[repr(one) for one in row] for row in plan.instructions]
-    assert listed[0][1:3] == ["SendActivation(0, to=1)", "RecvGradient(0, source=1)"], "one run: posted and waited for at once"
+    assert listed[0][1:3] == ["SendActivation(0, to=1)", "RecvGradient(0, source=1)"], "one run: the receive is posted with it"
     return plan
 
 
@@ -167,6 +167,17 @@ def test_waiting_moving_and_overhead_are_told_apart():
     assert (first.compute, first.collectives, first.transfers, first.overhead, first.bubble) == (3.5, 0.5, 2.0, 1.0, 5.0)
     # collectives: one inside of the forward, and the gradients' sum, part of which passes while the send goes on
     assert (second.compute, second.collectives, second.transfers, second.overhead, second.bubble) == (4.0, 2.25, 1.25, 0.5, 4.0)
+
+
+def test_replayed_seconds_are_those_of_the_computes_alone():
+    """Forwards of 2 and 1.5, backwards of 3 and 1.5, one after the other."""
+    plan = one_microbatch_plan()
+    assert StepProfile(plan, torch.zeros(()), measured_lane(plan, records())).replayed_seconds == 2.0 + 1.5 + 3.0 + 1.5
+    par = made(pp=2)
+    profile = par.profile_step(**net_batch())
+    computes = [span for span in profile.spans if span.rank == 0 and span.kind in ("forward", "backward")]
+    assert sum(span.end_seconds - span.start_seconds for span in computes) <= profile.replayed_seconds <= profile.step_seconds
+    par.close()
 
 
 def test_other_machines_clocks_are_moved_to_the_first_ones():

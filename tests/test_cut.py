@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import GPT, gpt_batch
 from torch import fx, nn
 from zoo import UNet
 

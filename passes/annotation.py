@@ -152,7 +152,7 @@ class Binding:
             sizes = tuple(self.sizes[name] for name in dim.names)
             if cut.segments != 1 or not all(isinstance(part, int) for part in sizes):
                 return None
-            joined = _settled(sizes, 1, cut.piece, cut.unit, axis_size)  # type: ignore[arg-type]
+            joined = _settled(sizes, 1, cut.piece, cut.unit, axis_size)
             return None if joined is None else replace(joined, segments=len(sizes) if len(set(sizes)) == 1 else sizes)
         name = next(name for name in group if name in dim.names)
         mine = _of_part(group, name, cut)

@@ -359,8 +359,8 @@ def _parse_dim(text: str, dim: int, axes: Axes) -> tuple[Size, tuple[str, Shard]
     """A dim's whole size and, if it is split, (axis, Shard)."""
 
     def shard(size: Size, axis: str, segments: Size | tuple[int, ...], unit: int | tuple[int, ...]) -> Shard:
-        known = isinstance(axes, Mapping) and isinstance(size, int) and not isinstance(segments, sympy.Expr)
-        if not known or (isinstance(segments, int) and size % segments):
+        numbers = isinstance(size, int) and not isinstance(segments, sympy.Expr)
+        if not isinstance(axes, Mapping) or not numbers or (isinstance(segments, int) and size % segments):
             return Shard(dim, segments, unit)
         return in_units(dim, size, segments, unit, axis_size=axes[axis])
 

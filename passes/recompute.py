@@ -14,8 +14,9 @@ where the bytes kept are those of the union of what calls outside of runs save a
 what a byte is worth. "selective" has one price: SELECTIVE_PASSES times the time in which the device's memory moves a byte, launches
 left out. Element-wise work and norms cost a few such passes a byte, attention scores that are spelled out about ten, a matmul of a wide
 model twenty and more. "full" takes each layer as one run. A budget in bytes has no price of its own: it goes through the solutions for
-PRICES, cheapest first, until the rank fits (autopar.memory_plan). Runs are added one after the other, the one that alone lowers the
-objective most first, as long as the objective falls: not always the least, and never worse than keeping everything.
+PRICES, cheapest first, until the rank fits (autopar.memory_plan). Runs are tried one after the other, those first that free most for
+their seconds; a run takes the place of those that it overlaps if that lowers the objective. Not always the least, and never worse than
+keeping everything.
 
 Units. A layer is a module whose calls are those of another module, by kind and order (`units`): the outermost such modules. What lies
 between them is a unit that "full" leaves alone. In a model without layers, the calls fall into about sqrt(n) pieces, parted where least
@@ -43,8 +44,8 @@ from passes.ir import calls, is_state, origin, size_expr, tensor_type
 from passes.line import node_cost
 from passes.reshard import RESHARDS, collective_seconds
 
-SELECTIVE_PASSES = 16.0  # a byte kept is worth this many times the seconds that the device's memory takes to move a byte
-PRICES = (1.0, 4.0, SELECTIVE_PASSES, 64.0, 256.0, math.inf)  # in the same unit; inf is "full"
+SELECTIVE_PASSES = 12.0  # a byte kept is worth this many times the seconds that the device's memory takes to move a byte
+PRICES = (1.0, 4.0, SELECTIVE_PASSES, 48.0, 192.0, math.inf)  # in the same unit; inf is "full"
 _MOST_WINDOWS = 4000  # of a unit
 _NO_LAUNCH_SECONDS = 1e-12
 _COLLECTIVES = {row.function.__name__: row.forward for row in RESHARDS}
@@ -399,11 +400,14 @@ class _Unit:
             return choice.kept_bytes * seconds_per_byte + choice.seconds
 
         best = self.choice((), work)
-        candidates = [(objective(self.choice((run,), work)) - objective(best), run) for run in self.windows()]
-        candidates = sorted(item for item in candidates if item[0] < 0)
+        candidates = []
+        for run in self.windows():
+            alone = self.choice((run,), work)
+            if objective(alone) < objective(best):
+                candidates.append((alone.seconds / (best.kept_bytes - alone.kept_bytes), run))
         for _ in range(3):
             before = best
-            for _, run in candidates:
+            for _, run in sorted(candidates):
                 others = [other for other in best.runs if other[1] < run[0] or other[0] > run[1]]
                 trial = self.choice((*others, run), work)
                 if objective(trial) < objective(best) * (1 - 1e-9):

@@ -319,7 +319,8 @@ class Case:
                 self.example.values,
             )
             if isinstance(placement, Shard) and is_floating(whole) and self.example.values:
-                self._compare_padding(f"result {k}", [r[k].detach() for _, r, _ in ranks], placement, whole, keeps_zeros and (all(zeros) or not filled))
+                only_zeros = keeps_zeros and (all(zeros) or not filled)
+                self._compare_padding(f"result {k}", [r[k].detach() for _, r, _ in ranks], placement, whole, only_zeros)
         for k, (whole, placement) in enumerate(zip(self.after, strategy.inputs, strict=True)):
             if placement != PARTIAL:
                 self._compare(
@@ -350,7 +351,9 @@ class Case:
             wrong &= padding(whole, placement, len(pieces), coord)
             assert not wrong.any(), f"{what}: {piece[wrong][0]} in padding"
 
-    def _compare(self, what: str, pieces: list[Tensor], placement: Placement, whole: Tensor, values: bool = True, held: bool = False) -> None:
+    def _compare(
+        self, what: str, pieces: list[Tensor], placement: Placement, whole: Tensor, values: bool = True, held: bool = False
+    ) -> None:
         if placement in (REPLICATE, COPIED):
             together = pieces
         else:

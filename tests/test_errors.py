@@ -254,7 +254,7 @@ def job(folder: str, degrees: dict[str, int], dies: int) -> None:
         par = autopar.parallelize(GPT(), gpt_batch(), microbatches=4, **degrees)
         par.step(**gpt_batch())
         if rank == dies:
-            stage, calls = par._ranks().worker.stage, [0]  # type: ignore[attr-defined]
+            stage, calls = par._ranks().worker._chunks[0].stage, [0]  # type: ignore[attr-defined]
             forward = stage.forward
 
             def dying(*args: Any, **kwargs: Any) -> Any:

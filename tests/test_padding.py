@@ -23,7 +23,7 @@ import autopar
 from autopar.plan import Plan
 from autopar.weight_notes import weight_notes
 from costmodel.errors import NoLegalSharding
-from passes import local_ops, rules
+from passes import rules
 from passes.contraction_patterns import SUM
 from passes.local_ops import pad_shard, sharded_cross_entropy, sharded_embedding
 from passes.patterns import elementwise
@@ -72,6 +72,8 @@ def test_a_split_prints_parses_and_makes_the_whole_again(
     assert {tuple(piece.shape) for piece in padded} == {(max(lengths), 7)}
     assert local_shape(f"i64[{text}, 7]", {}, {"tp": 4})[1] == (max(lengths), 7)
     assert torch.equal(whole_tensor(true, shard), whole)
+    if segments == 1:  # true entries first
+        assert all(torch.equal(full[: len(piece)], piece) and not full[len(piece) :].any() for full, piece in zip(padded, true, strict=True))
     filled = [torch.where(piece == 0, -1, piece) for piece in padded]
     assert torch.equal(whole_tensor(filled, shard, size), whole), "what is in padding is left out"
 
@@ -350,7 +352,7 @@ def test_logits_have_no_padding(mesh: tuple[int, int]) -> None:
     assert par.plan.stages[-1].outputs["logits"] == "f32[B, T, 65/tp]"
     _, logits = par(**batch)
     with torch.no_grad():
-        loss, expected = model(**batch)
+        expected = model(**batch)[1]
     assert logits.shape == expected.shape == (4, 16, 65)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
@@ -380,6 +382,26 @@ def test_what_looks_across_padding_gathers_first() -> None:
     assert autopar.verify(model, batch, tp=4).ok
 
 
+class Scores(nn.Module):
+    """Features that the axis does not divide are summed over, and neither side is a parameter: its padding may be anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(16, 18), nn.Linear(16, 18), nn.Linear(18, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x).sigmoid(), self.k(x).cos()
+        return self.out((q @ k.transpose(-2, -1)) @ k + q).square().mean()
+
+
+def test_values_are_not_summed_over_padding() -> None:
+    torch.manual_seed(0)
+    pins = {"q.weight": 0, "k.weight": 0, "out.weight": 1}
+    report = autopar.verify(Scores(), {"x": torch.randn(4, 6, 16)}, tp=4, overrides={"placements": pins})
+    assert report.ok, report
+    assert "all_gather(" in report.plan.source(0)
+
+
 # ---- decisions --------------------------------------------------------------------------------------------------------
 
 
@@ -390,7 +412,7 @@ def test_an_override_of_an_uneven_split_is_kept_and_an_impossible_one_says_what_
     with pytest.raises(NoLegalSharding, match=r"'\*\.ln1\.weight': 0 cannot be") as error:
         autopar.parallelize(gpt(), batch, tp=4, overrides={"placements": {"*.ln1.weight": 0}})
     assert "use 48" in str(error.value)
-    with pytest.raises(NoLegalSharding, match="h.0.attn.qkv.weight") as error:
+    with pytest.raises(NoLegalSharding, match="2 9/tp 8") as error:
         autopar.parallelize(gpt(), batch, tp=4, overrides={"placements": {"h.0.attn.qkv.weight": "(2 9/tp 8) 48"}})
     assert "(3 6/tp 8) 48" in str(error.value), error.value
 
@@ -398,8 +420,9 @@ def test_an_override_of_an_uneven_split_is_kept_and_an_impossible_one_says_what_
 def test_notes_say_what_is_padded_at_what_cost_and_what_stays_whole() -> None:
     notes = weight_notes(
         {
-            "head.weight": "50257/tp 768", "h.0.qkv.weight": "(3 6/tp 8) 48", "h.1.qkv.weight": "(3 6/tp 8) 48", "h.0.out.weight": "48 (6/tp 8)",
-            "up.weight": "18/tp 18", "fused.weight": "(3/tp 16 + 3/tp 8 + 3/tp 8) 48", "table.weight": "1000003 768", "even.weight": "64/tp 8",
+            "head.weight": "50257/tp 768", "h.0.qkv.weight": "(3 6/tp 8) 48", "h.1.qkv.weight": "(3 6/tp 8) 48",
+            "h.0.out.weight": "48 (6/tp 8)", "up.weight": "18/tp 18", "fused.weight": "(3/tp 16 + 3/tp 8 + 3/tp 8) 48",
+            "table.weight": "1000003 768", "even.weight": "64/tp 8",
         }, 4,
     )  # fmt: skip
     assert notes == [

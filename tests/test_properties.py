@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from rank_threads import rank_threads
 from torch import Tensor, fx, nn
 
-from passes import contraction_patterns, placement, reshard
+from passes import contraction_patterns, reshard
+from passes import placement as placements_module
 from passes.ir import TensorType, is_state, is_trainable, tensor_inputs
 from passes.localize import localize
 from passes.patterns import elementwise
@@ -515,7 +516,7 @@ def test_padding_that_is_not_zero_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     def ones(part: Tensor, count: int, dim: int) -> Tensor:
         return torch.nn.functional.pad(part, [0, 0] * (part.ndim - 1 - dim) + [0, count], value=1.0)
 
-    monkeypatch.setattr(placement, "_with_zeros", ones)
+    monkeypatch.setattr(placements_module, "_with_zeros", ones)
     with pytest.raises(AssertionError):
         property_holds(EXAMPLES, shrink=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from autopar.runtime.buffers import Ring
 from autopar.runtime.threads import ThreadRanks
 from autopar.runtime.world import World, coords_of
 from costmodel.errors import BadArgument, BadPlan, RankFailed, WorldSizeMismatch
+from passes.instructions import RecvActivation, RecvGradient
 from passes.order import order
 
 WIDTH, CLASSES, ROWS = 8, 6, 10
@@ -183,6 +185,28 @@ def trains_equally(
 def test_a_pipeline_equals_one_process_to_the_last_bit(num_stages: int, schedule: str) -> None:
     batches = [batch_of(seed=seed) for seed in range(20)]
     trains_equally(chain(num_stages, schedule, 4), chain_parameters(num_stages), chain_loss, 4, batches)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_receives_are_waited_for_by_the_computes_that_need_them(schedule: str) -> None:
+    """Every receive at the beginning of its list: a rank that waited for it there would wait for its own forwards."""
+    programs = chain(3, schedule, 4)
+    for place, each in enumerate(programs):
+        received = [one for one in each.schedule if isinstance(one, (RecvActivation, RecvGradient))]
+        rest = [one for one in each.schedule if one not in received]
+        programs[place] = dataclasses.replace(each, schedule=(*received, *rest))
+    trains_equally(programs, chain_parameters(3), chain_loss, 4, [batch_of(seed=seed) for seed in range(4)])
+
+
+def test_a_receive_after_the_compute_that_needs_it_is_refused() -> None:
+    programs = chain(2, "1f1b", 4)
+    recv, *rest = programs[1].schedule
+    assert recv == RecvActivation(0, source=0)
+    programs[1] = dataclasses.replace(programs[1], schedule=(*rest, recv))
+    ranks = ThreadRanks(programs, chain_parameters(2), [{}] * 2, {"pp": 2, "tp": 1}, 4, timeout_seconds=20)
+    with pytest.raises(BadPlan, match=r"No compute after RecvActivation\(0, source=0\) needs what it receives"):
+        ranks.step(batch_of())
+    ranks.close()
 
 
 @pytest.mark.parametrize("microbatches", [1, 3, 7])

@@ -328,7 +328,8 @@ class Plan:
         try:
             return cls.from_json(text).check()
         except AutoparError as error:
-            raise type(error)(error.what, where=f"{path}, {error.where}" if error.where else str(path), why=error.why, use=error.use) from error
+            where = f"{path}, {error.where}" if error.where else str(path)
+            raise type(error)(error.what, where=where, why=error.why, use=error.use) from error
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

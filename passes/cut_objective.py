@@ -5,8 +5,10 @@ long a step takes also depends on the schedule (what fills and drains the pipeli
 stages' transfers, and on the memory of a rank with all its stages. `Objective` prices all of it for many cuts at once: a cut is a
 row of indices into some places, times and bytes come from running sums, transfers from the values that are made in one stage and
 used in another, and the step time from `StepTimes`. A rank that would hold no parameter (a cut right before the loss can be the
-quickest) is avoided where it can be: torch's optimizers refuse an empty list, so a user's line would raise there. `improved` tries every cut where there are few, and elsewhere moves boundaries,
-one or several adjacent ones together by a place (so that work can pass through the stages between), as long as the step gets shorter.
+quickest) is avoided where it can be: torch's optimizers refuse an empty list, so a user's line would raise there.
+
+`improved` tries every cut where there are few, and elsewhere moves boundaries, one or several adjacent ones together by a place (so
+that work can pass through the stages between), as long as the step gets shorter.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from passes.local_ops import pad_shard
 from passes.placement import Shard, parse_notation
 
 if TYPE_CHECKING:
@@ -156,13 +157,14 @@ class _Records:
     logits: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        for record in self.stage.records:
+        records = _without_padding(self.stage.records)
+        for record in records:
             self.by_name[record["name"]] = record
             for name in dict.fromkeys(_nodes(record)):
                 self.users[name].append(record)
             if record["op"] == "get_attr" and record.get("kind") == "parameter":
                 self.parameters[record["target"]] = record["name"]
-        for record in self.stage.records:
+        for record in records:
             if record.get("target") == "local_ops.sharded_cross_entropy":
                 self.logits.add(self._maker_of_logits(record))
 
@@ -237,6 +239,28 @@ class _Records:
                 break
             name = following[0]["name"]
         return "all_reduce"
+
+
+def _without_padding(records: Sequence[Record]) -> list[Record]:
+    """The records with whoever reads a padded parameter reading the parameter."""
+    padded = {
+        record["name"]: next(iter(_nodes(record)))
+        for record in records
+        if record.get("target") == f"local_ops.{pad_shard.__name__}"
+    }
+
+    def bare(arg: Any) -> Any:
+        if isinstance(arg, Mapping):
+            return {**arg, "node": padded.get(arg["node"], arg["node"])} if "node" in arg else arg
+        return [bare(item) for item in arg] if isinstance(arg, (list, tuple)) else arg
+
+    def with_bare_arguments(record: Record) -> Record:
+        kwargs = {name: bare(value) for name, value in record.get("kwargs", {}).items()}
+        return {**record, "args": bare(record.get("args", ())), "kwargs": kwargs}
+
+    if not padded:
+        return list(records)
+    return [with_bare_arguments(record) for record in records if record["name"] not in padded]
 
 
 def _nodes(record: Record) -> Iterator[str]:

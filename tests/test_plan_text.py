@@ -160,3 +160,12 @@ def test_diff_names_what_changed_and_no_more():
     text = diff_text(one, other)
     assert re.search(r"^schedule +1f1b +gpipe$", text, re.MULTILINE)
     assert "mesh" not in text and "attn" not in text
+
+
+def test_words_for_padded_weights_are_those_for_even_ones():
+    def words(vocab, dim, heads):
+        model = GPT(vocab=vocab, dim=dim, heads=heads, tied=False)
+        plan = autopar.parallelize(model, gpt_batch(vocab=vocab), tp=4, hardware="a100-80gb").plan
+        return {row.name: row.meaning for row in weight_rows(plan) if "head" in row.name or "attn" in row.name}
+
+    assert words(65, 48, 6) == words(64, 64, 8)

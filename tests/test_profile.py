@@ -137,7 +137,8 @@ def records(host: str = "here", ahead: float = 0.0) -> list[RankRecord]:
     second = RankRecord(
         1, host, 0.0, 11.0,
         (
-            ("RecvActivation(0, source=0)", 0.0, 0.0), ("RecvActivation(0, source=0)", 0.0, 4.0), ("Forward(0)", 4.5, 6.0), ("Backward(0)", 6.0, 9.0),
+            ("RecvActivation(0, source=0)", 0.0, 0.0), ("RecvActivation(0, source=0)", 0.0, 4.0),
+            ("Forward(0)", 4.5, 6.0), ("Backward(0)", 6.0, 9.0),
             ("SendGradient(0, to=0)", 9.0, 9.25), ("SumGradients()", 9.25, 11.0),
         ),
         ((5.0, 5.5), (10.0, 10.5)),
@@ -175,8 +176,8 @@ def test_replayed_seconds_are_those_of_the_computes_alone():
     assert StepProfile(plan, torch.zeros(()), measured_lane(plan, records())).replayed_seconds == 2.0 + 1.5 + 3.0 + 1.5
     par = made(pp=2)
     profile = par.profile_step(**net_batch())
-    computes = [span for span in profile.spans if span.rank == 0 and span.kind in ("forward", "backward")]
-    assert sum(span.end_seconds - span.start_seconds for span in computes) <= profile.replayed_seconds <= profile.step_seconds
+    mine = [span for span in profile.spans if span.rank == 0 and span.kind in ("forward", "backward")]
+    assert sum(span.end_seconds - span.start_seconds for span in mine) <= profile.replayed_seconds <= profile.step_seconds
     par.close()
 
 

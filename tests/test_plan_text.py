@@ -49,6 +49,7 @@ def test_no_line_is_wider_than_a_page(model, batch, pp):
     heads = [line.split()[0] for line in lines if re.match(r"[A-Z]{5,}", line)]
     assert heads == [
         "STAGES",
+        "MEMORY",
         "WEIGHTS",
         *(["TRANSFERS"] if pp > 1 else []),
         "TIMELINE",

@@ -6,7 +6,7 @@ ops save counts once, and what nobody keeps is gone, all by the rules of autogra
 moves nothing. Two microbatches run: the first finds no gradients of parameters and makes them, the second adds to them.
 
 The kernels are the CPU's: fused attention is the flash kernel there as on a GPU, and keeps the same tensors. A kernel's own workspace is
-seen by nobody here.
+not seen, and recurrent layers (`aten.lstm` and its kin) are the plain ones: the fused kernel that runs with values keeps more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,6 +45,12 @@ from passes.recompute import Saves
 
 if TYPE_CHECKING:
     from autopar.plan import Plan, StagePlan
+
+
+# What a stage raises that cannot be run without values.
+NEEDS_VALUES = (
+    DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException,
+)  # fmt: skip
 
 
 class StorageCount(TorchDispatchMode):
@@ -65,6 +77,11 @@ class StorageCount(TorchDispatchMode):
 
     def _gone(self, address: int) -> None:
         self.bytes_now -= self._sizes.pop(address, 0)
+
+    def bytes_of(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Bytes of the counted storages that these lie in."""
+        addresses = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return sum(self._sizes.get(address, 0) for address in addresses)
 
     def restart(self) -> int:
         """Begin a new peak; the bytes there are now."""
@@ -170,8 +187,8 @@ def measure(stage: StagePlan, plan: Plan, sizes: Mapping[str, int]) -> Microbatc
                 made = first.phases[name]
                 phases[name] = replace(seen, first_peak_bytes=made.peak_bytes, gradient_bytes=made.gradient_bytes)
     return MicrobatchBytes(
-        phases["forward"], phases["backward"], phases.get("input"), phases.get("weight"), second.sent_bytes, second.returned_bytes,
-        run.keeps_received, run.keeps_gradients,
+        phases["forward"], phases["backward"], phases.get("input"), phases.get("weight"), second.sent_bytes,
+        second.sent_saved_bytes, second.returned_bytes, run.keeps_received, run.keeps_gradients,
     )  # fmt: skip
 
 
@@ -181,6 +198,7 @@ class _Seen:
 
     phases: dict[str, Phase]
     sent_bytes: int = 0
+    sent_saved_bytes: int = 0
     returned_bytes: int = 0
 
 
@@ -198,7 +216,9 @@ class _Run:
         ]
         with fake.mode:  # what arrives is in a ring
             self.arriving = {
-                name: [_empty(value.type, sizes, plan) for _ in value.to] for name, value in stage.sends.items() if value.gradient
+                name: [_empty(value.type, sizes, plan) for _ in value.to]
+                for name, value in stage.sends.items()
+                if value.gradient
             }
         self.keeps_received = self.keeps_gradients = False
         self.known = [piece for pieces in self.arriving.values() for piece in pieces]
@@ -214,9 +234,11 @@ class _Run:
         edges, gradients, outputs = self._forward(arguments)
         with_sends = count.bytes_now
         forward_peak = count.bytes_peak
+        sent = count.bytes_of(outputs)
         del outputs
         seen.phases["forward"] = Phase(forward_peak - before, 0, count.bytes_now - before)
         seen.sent_bytes = with_sends - count.bytes_now
+        seen.sent_saved_bytes = max(sent - seen.sent_bytes, 0)
         deferred: list[Product] = []
         start, existed = count.restart(), self._gradient_bytes()
         for name in list(gradients):

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from autopar.measure_memory import measure, saves
+from autopar.measure_memory import NEEDS_VALUES, measure, saves
 from autopar.program import StageModule
 from autopar.runtime.transfers import MOST_SENDS
-from costmodel.errors import DoesNotFit
+from costmodel.errors import BadArgument, DoesNotFit
 from costmodel.memory import OPTIMIZER_STATE_BYTES, MicrobatchBytes, PeakMemory
 from passes.costs import Pricing
 from passes.ir import is_state, is_trainable, tensor_type
@@ -72,7 +72,11 @@ def structure(stage: StagePlan) -> str:
     segments: dict[str, int] = {}
     for record in stage.records:
         numbers[record["name"]] = len(numbers)
-        kept = {key: plain(value) for key, value in record.items() if key not in ("name", "origin", "target", "segment", "received")}
+        kept = {
+            key: plain(value)
+            for key, value in record.items()
+            if key not in ("name", "origin", "target", "segment", "received")
+        }
         target = record.get("target") if record["op"] == "call_function" else None
         inside = record.get("segment")
         lines.append([kept, target, segments.setdefault(inside, len(segments)) if inside else None])
@@ -126,7 +130,9 @@ def _arrivals(stage: StagePlan, plan: Plan, sizes: Sizes) -> tuple[dict[int, int
 
 def _tied_inside(stage: StagePlan, plan: Plan) -> int:
     """How many stages of this rank share the tied parameters that no other rank holds."""
-    return max((len(held) for held in stage.tied.values() if len({plan.stage_ranks[other] for other in held}) == 1), default=0)
+    return max(
+        (len(held) for held in stage.tied.values() if len({plan.stage_ranks[other] for other in held}) == 1), default=0
+    )
 
 
 def _sum_bytes(stage: StagePlan, plan: Plan, gradients: Mapping[str, int]) -> int:
@@ -135,7 +141,9 @@ def _sum_bytes(stage: StagePlan, plan: Plan, gradients: Mapping[str, int]) -> in
     most = 0
     for name, stages in stage.tied.items():
         if name in gradients and len({plan.stage_ranks[other] for other in stages}) > 1:
-            each = gradients[name]  # all its microbatches stacked, as many from each other stage, the sum, and a summand
+            each = gradients[
+                name
+            ]  # all its microbatches stacked, as many from each other stage, the sum, and a summand
             most = max(most, count * each, (len(stages) - 1) * count * each + 2 * each)
     partial = sum(gradients.get(name, 0) for name in stage.partial_gradients)
     return max(most, 2 * partial if plan.mesh.get("tp", 1) > 1 else 0)
@@ -144,7 +152,8 @@ def _sum_bytes(stage: StagePlan, plan: Plan, gradients: Mapping[str, int]) -> in
 def pipeline_ranks(plan: Plan) -> list[list[StagePlan]]:
     """The stages of each pipeline rank, in order of chunks."""
     return [
-        [stage for stage in plan.stages if plan.stage_ranks[stage.index] == rank] for rank in range(len(plan.instructions))
+        [stage for stage in plan.stages if plan.stage_ranks[stage.index] == rank]
+        for rank in range(len(plan.instructions))
     ]
 
 
@@ -179,15 +188,32 @@ def with_memory(plan: Plan, pricing: Pricing, recompute: Recompute = "none") -> 
 
     `recompute`: "none", "selective", "full", or the most bytes a rank may hold. DoesNotFit if no choice keeps within them.
     """
+    try:
+        return _with_memory(plan, pricing, recompute)
+    except NEEDS_VALUES as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if recompute != "none":
+            raise BadArgument(
+                f"recompute = {recompute!r} cannot be planned", why=f"a stage cannot be run without values: {reason}",
+                use='recompute="none"',
+            ) from error  # fmt: skip
+        return replace(
+            plan, notes=(*plan.notes, f"memory is from formulas: a stage cannot be run without values: {reason}")
+        )
+
+
+def _with_memory(plan: Plan, pricing: Pricing, recompute: Recompute) -> Plan:
     measured: Measured = {}
     if recompute == "none":
         return _finished(plan, plan, measured, pricing, recompute)
     decided = _Decision(plan, pricing, measured)
     if isinstance(recompute, str):
         price = SELECTIVE_PASSES if recompute == "selective" else math.inf
-        chosen = [decided.everywhere(rank, price, work=recompute == "selective") for rank in range(len(plan.instructions))]
+        chosen = [
+            decided.everywhere(rank, price, work=recompute == "selective") for rank in range(len(plan.instructions))
+        ]
     else:
-        chosen = [decided.within(rank, recompute) for rank in range(len(plan.instructions))]
+        chosen = decided.all_within(recompute)
     stages = list(plan.stages)
     for choices in chosen:
         for stage in decided.applied(choices):
@@ -210,7 +236,9 @@ def _finished(before: Plan, plan: Plan, measured: Measured, pricing: Pricing, re
         tflops_per_gpu=plan.predicted.tflops_per_gpu * rate, mfu=plan.predicted.mfu * rate,
     )  # fmt: skip
     notes = [
-        _note(stage, old) for stage, old in zip(plan.stages, before.stages, strict=True) if segments_of(stage.graph_module.graph)
+        _note(stage, old)
+        for stage, old in zip(plan.stages, before.stages, strict=True)
+        if segments_of(stage.graph_module.graph)
     ]
     if not notes:
         notes = ["nothing is computed again in backward: " + (
@@ -302,23 +330,33 @@ class _Decision:
             stages[stage.index] = stage
         return rank_memory(replace(self.plan, stages=tuple(stages)), rank, self.measured).peak_bytes
 
-    def within(self, rank: int, budget_bytes: int) -> Chosen:
-        """The least that makes a rank fit: all units at one price, and the cheapest of the next price that are needed."""
+    def within(self, rank: int, budget_bytes: int) -> Chosen | int:
+        """The least that makes a rank fit: all units at one price, and the cheapest of the next price that are needed. Where nothing
+        does, the least peak there is.
+        """
         levels = [self.everywhere(rank, price) for price in (0.0, *PRICES)]
         levels = [level for index, level in enumerate(levels) if index == 0 or level != levels[index - 1]]
-        least = math.inf
+        least: float = math.inf
         for index, level in enumerate(levels):
             peak = self.peak(rank, level)
             least = min(least, peak)
             if peak <= budget_bytes:
                 return level if index == 0 else self._between(rank, levels[index - 1], level, budget_bytes)
-        held = self.ranks[rank]
-        raise DoesNotFit(
-            f"recompute = {budget_bytes}: stage{'s' if len(held) > 1 else ''} {', '.join(str(s.index) for s in held)} "
-            f"cannot be run within {_bytes(budget_bytes)} a rank",
-            why=f"with everything computed again that can be, the peak is {_bytes(least)}",
-            use=f"recompute >= {int(least)}, a larger tp or pp, or more microbatches",
-        )
+        return int(least)
+
+    def all_within(self, budget_bytes: int) -> list[Chosen]:
+        """`within` for every pipeline rank. DoesNotFit names those that cannot, and what would do for all."""
+        found = [self.within(rank, budget_bytes) for rank in range(len(self.ranks))]
+        least = {rank: result for rank, result in enumerate(found) if isinstance(result, int)}
+        if least:
+            stages = [str(stage.index) for rank in least for stage in self.ranks[rank]]
+            raise DoesNotFit(
+                f"recompute = {budget_bytes}: stage{'s' if len(stages) > 1 else ''} {', '.join(stages)} "
+                f"cannot be run within {_bytes(budget_bytes)} a rank",
+                why=f"with everything computed again that can be, the peak is {_bytes(max(least.values()))}",
+                use=f"recompute >= {max(least.values())}, a larger tp or pp, or more microbatches",
+            )
+        return [result for result in found if not isinstance(result, int)]
 
     def _between(self, rank: int, below: Chosen, above: Chosen, budget_bytes: int) -> Chosen:
         """Bisection: as few units at the higher level as fit, those first that free most for their time."""
@@ -353,7 +391,8 @@ class _Decision:
                 for call in line[first : last + 1]:
                     inside |= {node.name: name for node in call.nodes}
             records = [
-                {**record, "segment": inside[record["name"]]} if record["name"] in inside else record for record in stage.records
+                {**record, "segment": inside[record["name"]]} if record["name"] in inside else record
+                for record in stage.records
             ]
             again = sum(choice.seconds for _, choice in own)
             cost = replace(stage.cost, backward_seconds=stage.cost.backward_seconds + again, recompute_seconds=again)

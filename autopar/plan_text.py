@@ -286,7 +286,7 @@ def plan_text(plan: Plan) -> str:
         "STAGES  (parameters and memory of one rank, times of one microbatch)\n"
         + _table(headers, stages, right=(3, 4, 5, 6, 7), widths=(None, 11, _LAYERS_WIDTH, *(None,) * 5))
     )
-    if any(row["memory"] is not None for row in stage_table(plan)):
+    if all(stage.cost.memory is not None for stage in plan.stages):
         parts.append(_memory_text(plan))
     parts.append(_weights_text([(row.name, row.placement, row.meaning) for row in weight_rows(plan)]))
     transfers = transfer_table(plan)

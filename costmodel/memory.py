@@ -61,7 +61,8 @@ class MicrobatchBytes:
     """What one microbatch of one size takes on one stage: measured on the emitted program, without values.
 
     `backward` is the whole backward; `input` and `weight` are its halves, for schedules that split it. `sent_bytes` and `returned_bytes`:
-    activations and gradients that only their transfers hold, from when they are made until they are sent. `keeps_received` and
+    activations and gradients that only their transfers hold, from when they are made until they are sent; `sent_saved_bytes`: what is
+    sent and kept for the backward as well, which leaves the transfers with it from then on. `keeps_received` and
     `keeps_gradients`: what is put off keeps what was received, or the gradients that came back, until `weight`.
     """
 
@@ -70,6 +71,7 @@ class MicrobatchBytes:
     input: Phase | None = None
     weight: Phase | None = None
     sent_bytes: int = 0
+    sent_saved_bytes: int = 0
     returned_bytes: int = 0
     keeps_received: bool = False
     keeps_gradients: bool = False

@@ -422,7 +422,7 @@ def _why(line: Line, chosen: _Chosen, stage: int) -> str:
         return [f"{words}, at {label}: {_milliseconds(float(judged.step_seconds[0]))}{bytes_text}{memory}"]
 
     place = objective.points[ends[stage + 1]]
-    what = "a step" if objective.step_times else "the slowest stage"
+    what = "a step before its optimizer" if objective.step_times else "the slowest stage"
     others = [*moved(-1, "one place earlier"), *moved(1, "one place later")]
     text = f"stage {stage + 1} begins at {_label(line, place)}: {_bytes_text(line.crossing[place])} cross; "
     return text + f"{what} takes {_milliseconds(chosen.step_seconds)}" + (f" ({'; '.join(others)})" if others else "")

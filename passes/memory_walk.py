@@ -119,20 +119,30 @@ class _Rank:
         self.parameters = sum(use.parameter_bytes for use in stages)
         self.optimizer = sum(use.optimizer_bytes for use in stages)
         self.activations = self.gradients = 0
-        self.made: set[tuple[int, str]] = set()  # (chunk, which half of the backward): its gradients of parameters exist
+        self.made: set[tuple[int, str]] = (
+            set()
+        )  # (chunk, which half of the backward): its gradients of parameters exist
         self.tied: dict[int, int] = {}  # by microbatch: gradients kept until this rank's other stages have theirs
         self.tied_sum = False
         self.waiting: dict[tuple[int, int, bool], int] = {}  # made, and not yet sent
-        self.sent: deque[int] = deque()
-        self.handed: defaultdict[tuple[int, int, bool], int] = defaultdict(int)  # to a stage of this rank, by that stage
+        self.sent: deque[tuple[int, int, bool]] = deque()  # (chunk, microbatch, whether a gradient)
+        self.sent_bytes: dict[tuple[int, int, bool], int] = {}
+        self.handed: defaultdict[tuple[int, int, bool], int] = defaultdict(
+            int
+        )  # to a stage of this rank, by that stage
         self.peak = PeakMemory()
         self.look(0)
 
     def look(self, more: int, *, gradients: int = 0) -> None:
         """Compare with the peak: now there are `more` bytes of temporaries besides, `gradients` of them gradients of parameters."""
-        buffers = self.ring_bytes + sum(self.sent) + sum(self.waiting.values()) + sum(self.handed.values())
+        sent = sum(self.sent_bytes[key] for key in set(self.sent))
+        buffers = self.ring_bytes + sent + sum(self.waiting.values()) + sum(self.handed.values())
         now = PeakMemory(
-            self.parameters, self.gradients + gradients, self.optimizer, self.activations + max(more - gradients, 0), buffers
+            self.parameters,
+            self.gradients + gradients,
+            self.optimizer,
+            self.activations + max(more - gradients, 0),
+            buffers,
         )
         if now.peak_bytes > self.peak.peak_bytes:
             self.peak = now
@@ -175,13 +185,18 @@ class _Rank:
                 phase = taken.backward
                 halves = {"input": taken.input, "weight": taken.weight}
                 there = sum(
-                    half.gradient_bytes for name, half in halves.items() if half is not None and (chunk, name) in self.made
+                    half.gradient_bytes
+                    for name, half in halves.items()
+                    if half is not None and (chunk, name) in self.made
                 )
                 self.run(phase, chunk, "input", "weight", there=there)
             else:
                 phase = taken.input
                 self.run(phase, chunk, "input")
             self.keep_apart(use, microbatch, phase)
+            for held in (self.waiting, self.sent_bytes):
+                if (chunk, microbatch, False) in held:
+                    held[chunk, microbatch, False] += taken.sent_saved_bytes
             self.handed.pop((use.stage, microbatch, False), None)
             self.handed.pop((use.stage, microbatch, True), None)
             self.pass_on(taken.returned_bytes, chunk, microbatch, use.received[microbatch], True)
@@ -190,7 +205,11 @@ class _Rank:
                 self.run(taken.weight, chunk, "weight")
                 self.keep_apart(use, microbatch, taken.weight)
         elif isinstance(instruction, (SendActivation, SendGradient)):
-            self.sent.append(self.waiting.pop((chunk, microbatch, isinstance(instruction, SendGradient)), 0))
+            key = (chunk, microbatch, isinstance(instruction, SendGradient))
+            if key in self.waiting:
+                self.sent_bytes[key] = self.waiting.pop(key)
+            self.sent_bytes.setdefault(key, 0)
+            self.sent.append(key)
         self.look(0)
 
     def pass_on(self, num_bytes: int, chunk: int, microbatch: int, peers: Mapping[int, int], gradient: bool) -> None:

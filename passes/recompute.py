@@ -44,7 +44,9 @@ from passes.ir import calls, is_state, origin, size_expr, tensor_type
 from passes.line import node_cost
 from passes.reshard import RESHARDS, collective_seconds
 
-SELECTIVE_PASSES = 12.0  # a byte kept is worth this many times the seconds that the device's memory takes to move a byte
+SELECTIVE_PASSES = (
+    12.0  # a byte kept is worth this many times the seconds that the device's memory takes to move a byte
+)
 PRICES = (1.0, 4.0, SELECTIVE_PASSES, 48.0, 192.0, math.inf)  # in the same unit; inf is "full"
 _MOST_WINDOWS = 4000  # of a unit
 _NO_LAUNCH_SECONDS = 1e-12
@@ -258,7 +260,9 @@ def _joined(line: Sequence[_Call], found: Sequence[Unit]) -> list[Unit]:
         else:
             joined.append(unit)
     return [
-        unit if unit.name else replace(unit, name=next((call.path for call in line[unit.start : unit.end] if call.path), ""))
+        unit
+        if unit.name
+        else replace(unit, name=next((call.path for call in line[unit.start : unit.end] if call.path), ""))
         for unit in joined
     ]
 
@@ -484,5 +488,3 @@ def segment_names(chosen: Sequence[tuple[Unit, Choice]], taken: Collection[str])
             used.add(name)
             found.append((name, unit.start + first, unit.start + last))
     return found
-
-

@@ -37,7 +37,11 @@ def check_placements(plan: autopar.Plan) -> None:
     """The contracted dim of one product of each expert is the free dim of the other: the experts' inner dim, gate and up
     each by itself; what says which token goes where is whole."""
     placements = {name: str(placement) for name, placement in plan.placements.items()}
-    experts = {name: text for name, text in placements.items() if "experts." in name and "shared" not in name and "bias" not in name}
+    experts = {
+        name: text
+        for name, text in placements.items()
+        if "experts." in name and "shared" not in name and "bias" not in name
+    }
     assert experts and all("/tp" in text and text.startswith("4 ") for text in experts.values()), experts
     fused = {text for name, text in experts.items() if "gate_up" in name}
     assert all("(2 " in text or text == "4 32 96/tp" for text in fused), fused  # alternating columns need no blocks
@@ -54,8 +58,14 @@ def test_experts_are_split_inside(kind: str, experts: str) -> None:
     check_placements(report.plan)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param((2, 1), marks=pytest.mark.wide),
+        pytest.param((4, 1), marks=pytest.mark.wide),
+        pytest.param((2, 2), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("experts", [GROUPED, BATCHED])
 @pytest.mark.parametrize("kind", _MOE)
 def test_every_mixture_verifies(kind: str, experts: str, layout: tuple[int, int]) -> None:

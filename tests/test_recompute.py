@@ -41,7 +41,8 @@ class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 1)) for _ in range(3)
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 1))
+            for _ in range(3)
         )
         self.head = nn.Linear(8, 4)
 
@@ -155,7 +156,9 @@ def test_a_model_without_layers_falls_into_pieces() -> None:
     class Uneven(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in ((8, 16), (16, 24), (24, 12), (12, 8)))
+            self.weights = nn.ParameterList(
+                nn.Parameter(torch.randn(a, b)) for a, b in ((8, 16), (16, 24), (24, 12), (12, 8))
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             for number, weight in enumerate(self.weights):
@@ -173,7 +176,9 @@ def test_a_model_without_layers_falls_into_pieces() -> None:
 
 def test_selective_keeps_the_results_of_matmuls_and_not_of_norms() -> None:
     model = GPT(vocab=512, dim=256, heads=4, layers=2, context=512, flash=False)
-    par = autopar.parallelize(model, gpt_batch(rows=4, tokens=512, vocab=512), recompute="selective", hardware="h100-sxm")
+    par = autopar.parallelize(
+        model, gpt_batch(rows=4, tokens=512, vocab=512), recompute="selective", hardware="h100-sxm"
+    )
     by_name = {node.name: node for node in par.plan.stages[0].graph_module.graph.nodes}
     inside = {node.target for node in by_name.values() if node.meta.get("segment")}
     aten = torch.ops.aten

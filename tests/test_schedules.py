@@ -73,12 +73,15 @@ def sizes(name: str, microbatches: Sequence[int] = QUICK) -> list[Size]:
     return [(p, v, m) for p in range(1, 9) for v in virtual_stages for m in microbatches]
 
 
-# Every row, quickly and over the whole grid.
+# Every row, quickly and over the whole grid; interleaved has three numbers of stages a rank, and three minutes of it.
 every_row = pytest.mark.parametrize(
     ("name", "microbatches"),
     [
         *(pytest.param(name, QUICK, id=name) for name in SCHEDULES),
-        *(pytest.param(name, ALL, id=f"{name}-all", marks=pytest.mark.slow) for name in SCHEDULES),
+        *(
+            pytest.param(name, ALL, id=f"{name}-all", marks=pytest.mark.wide if schedule(name).virtual_stages is None else pytest.mark.slow)
+            for name in SCHEDULES
+        ),
     ],
 )
 

@@ -20,12 +20,23 @@ QUICK = (
 )  # fmt: skip
 # In bf16: two loss terms from two stages, a ReLU near zero, batch statistics, deep cancellation.
 QUICK_BF16 = (("keyword_only", 1, 4), ("transformer", 2, 1), ("resnet_training", 2, 1), ("t5-sdpa", 2, 2))
+# The other layouts in bf16 are not in the CI run: rounding differs little between layouts.
+SLOW_BF16 = ((2, 2),)
 EVERY = tuple((name, tp, pp) for name in ZOO for tp, pp in LAYOUTS)
+
+
+def twice(name: str, tp: int, pp: int) -> bool:
+    """A model whose attention is the only thing that differs from its other entry, on a layout of one kind."""
+    return name.endswith("-eager") and name.replace("-eager", "-sdpa") in ZOO and (tp == 1 or pp == 1)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("name", "tp", "pp"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in EVERY]
+    ("name", "tp", "pp"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.wide if twice(*case) else pytest.mark.slow)
+        for case in EVERY
+    ],
 )
 def test_the_parallel_model_equals_the_untouched_one(name: str, tp: int, pp: int) -> None:
     row = measure(name, tp, pp)
@@ -34,7 +45,11 @@ def test_the_parallel_model_equals_the_untouched_one(name: str, tp: int, pp: int
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("name", "tp", "pp"), [pytest.param(*case, marks=() if case in QUICK_BF16 else pytest.mark.slow) for case in EVERY]
+    ("name", "tp", "pp"),
+    [
+        pytest.param(*case, marks=() if case in QUICK_BF16 else pytest.mark.slow if case[1:] in SLOW_BF16 else pytest.mark.wide)
+        for case in EVERY
+    ],
 )
 def test_in_bf16_it_rounds_no_worse_than_the_untouched_one(name: str, tp: int, pp: int) -> None:
     row = measure(name, tp, pp, torch.bfloat16)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class RankRecord:
     """Times are seconds of this machine's clock (`time.perf_counter`, which the processes of one machine share).
 
-    `actions`: an instruction, or the first of a run of transfers, as it prints, its start and its end. `collectives`: start and end.
+    `actions`: an instruction as it prints, its start and its end. Adjacent sends go by the first of them. A receive is there where it is
+    waited for, and before that where it is posted unless that is beside a send. `collectives`: start and end.
     """
 
     rank: int

@@ -47,6 +47,7 @@ Sizes = Mapping[str, int]
 Recompute = str | int  # "none", "selective", "full", or the most bytes that a rank may hold
 
 MOST_NAMED = 8  # segments that a note lists
+MOST_NOTES = 6  # stages that get a note
 RESERVED = frozenset(dir(StageModule)) | {"device", "training", "p", "deferred", "forward"}
 
 
@@ -240,6 +241,8 @@ def _finished(before: Plan, plan: Plan, measured: Measured, pricing: Pricing, re
         for stage, old in zip(plan.stages, before.stages, strict=True)
         if segments_of(stage.graph_module.graph)
     ]
+    if len(notes) > MOST_NOTES:
+        notes = [*notes[:MOST_NOTES], f"the other {len(notes) - MOST_NOTES} stages likewise"]
     if not notes:
         notes = ["nothing is computed again in backward: " + (
             "everything fits" if isinstance(recompute, int) else "no stretch of calls frees enough for its time"

@@ -186,12 +186,15 @@ class Plan:
         return emit_program(self, rank)
 
     def simulated(self) -> Timeline:
-        """The schedule played with the predicted times of the stages."""
+        """The schedule played with the predicted times of the stages. What is computed again is so in BackwardInput."""
+        halves = [(each.cost.backward_seconds - each.cost.recompute_seconds) / 2 for each in self.stages]
         return simulate(
             self.instructions,
             stage_ranks=self.stage_ranks,
             forward_seconds=[stage.cost.forward_seconds for stage in self.stages],
             backward_seconds=[stage.cost.backward_seconds for stage in self.stages],
+            backward_input_seconds=[half + each.cost.recompute_seconds for half, each in zip(halves, self.stages, strict=True)],
+            backward_weight_seconds=halves,
             send_seconds=lambda source, target: self.stages[min(source, target)].cost.seconds_to(max(source, target)),
         )
 

@@ -3,7 +3,8 @@
 Llama shapes on the meta device, bf16, a batch of 16 x 4096 tokens, tp=8 x pp=16 on h100-sxm. "Trace" is `autopar.trace.trace`: torch.export
 and the normaliser. "After" is all the rest of what a person waits for: shard, cut, order, plan (`plan`), and the text of a program of
 each of the 16 stages (`emit`; a stage's tp peers differ in title and coordinates only). The aim is after / trace < 1 and a peak below
-2 GB. The ratio is given in wall time and in CPU seconds of the process, which others on the machine disturb less. Each model runs in a process of its own, so that its peak resident memory is its own.
+2 GB. The ratio is given in wall time and in CPU seconds of the process, which others on the machine disturb
+less. Each model runs in a process of its own, so that its peak resident memory is its own.
 
   python tests/benchmarks/compile_speed.py --models 8b,70b,405b
 """
@@ -93,7 +94,8 @@ def main() -> None:
     columns = {
         "model": "model", "layers": "layers", "parameters, 1e9": "parameters_billion", "nodes": "nodes", "trace s": "trace_seconds",
         "plan s": "plan_seconds", "emit 16 stages s": "emit_seconds", "after / trace": "after_over_trace",
-        "trace CPU s": "trace_cpu_seconds", "after CPU s": "after_cpu_seconds", "CPU after / trace": "cpu_after_over_trace", "peak MB": "peak_megabytes",
+        "trace CPU s": "trace_cpu_seconds", "after CPU s": "after_cpu_seconds", "CPU after / trace": "cpu_after_over_trace",
+        "peak MB": "peak_megabytes",
     }  # fmt: skip
     mesh = " x ".join(f"{axis}={size}" for axis, size in MESH.items())
     print(f"{mesh}, batch {ROWS} x {TOKENS}, bf16, {HARDWARE}, meta device")

@@ -56,7 +56,7 @@ def torchrun(*arguments: str) -> str:
     return run("-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(port), *arguments)
 
 
-@pytest.mark.parametrize("start", ["threads", "processes", "torchrun"])
+@pytest.mark.parametrize("start", ["threads", pytest.param("processes", marks=pytest.mark.slow), "torchrun"])
 def test_train_gpt_equals_the_untouched_model_in_all_three_places(start):
     arguments = ("examples/train_gpt.py", "--tp", "2", "--pp", "2", "--check", *TRAIN_SHORT)
     if start == "torchrun":

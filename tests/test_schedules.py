@@ -103,6 +103,13 @@ def ordered(name: str, size: Size, edges_of: Callable[[int], list[Edge]] = chain
     return order(name, num_ranks, num_microbatches, edges_of(num_ranks * virtual_stages), virtual_stages=virtual_stages)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget() -> Iterator[None]:
+    """Millions of instructions would slow down the garbage collector for every test that follows."""
+    yield
+    ordered.cache_clear()
+
+
 def ranks_of(name: str, size: Size) -> tuple[int, ...]:
     return schedule(name).stage_ranks(size[0], size[1])
 

@@ -22,6 +22,10 @@ QUICK = (
 QUICK_BF16 = (("keyword_only", 1, 4), ("transformer", 2, 1), ("resnet_training", 2, 1), ("t5-sdpa", 2, 2))
 # The other layouts in bf16 are not in the CI run: rounding differs little between layouts.
 SLOW_BF16 = ((2, 2),)
+NOT_IN_BF16 = {
+    "complex_rotary": "torch has no complex bfloat16: the untouched model does not run either",
+    "rolled_rows": "the last bias has a gradient of zero: in bf16 it is rounding alone, 4.8 of its norm off in the untouched model",
+}
 EVERY = tuple((name, tp, pp) for name in ZOO for tp, pp in LAYOUTS)
 
 
@@ -47,7 +51,13 @@ def test_the_parallel_model_equals_the_untouched_one(name: str, tp: int, pp: int
 @pytest.mark.parametrize(
     ("name", "tp", "pp"),
     [
-        pytest.param(*case, marks=() if case in QUICK_BF16 else pytest.mark.slow if case[1:] in SLOW_BF16 else pytest.mark.wide)
+        pytest.param(
+            *case,
+            marks=(
+                *(() if case in QUICK_BF16 else (pytest.mark.slow if case[1:] in SLOW_BF16 else pytest.mark.wide,)),
+                *((pytest.mark.skip(reason=NOT_IN_BF16[case[0]]),) if case[0] in NOT_IN_BF16 else ()),
+            ),
+        )
         for case in EVERY
     ],
 )

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from autopar.parallelize import ParallelModel, _arguments, parallelize
+from autopar.options import call_arguments
+from autopar.parallelize import ParallelModel, parallelize
 from autopar.plan import Plan
 from autopar.targets import Target, resolve
 from costmodel.errors import AutoparError, BadArgument
@@ -166,7 +167,7 @@ def parallel(arguments: argparse.Namespace, target: Target, progress: Progress) 
     )
     progress("tracing and planning")
     with quiet(arguments.debug):
-        par._trace(*_arguments(inputs))
+        par._trace(*call_arguments(inputs))
     return par
 
 

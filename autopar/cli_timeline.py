@@ -18,7 +18,7 @@ from autopar.cli_options import (
     resolve_target,
     target_options,
 )
-from autopar.parallelize import _arguments
+from autopar.options import call_arguments
 from autopar.plan_text import timeline_text, title
 from autopar.step_profile import StepProfile
 from autopar.timeline_drawing import Drawing, plan_drawing
@@ -75,7 +75,7 @@ def _measured(arguments: argparse.Namespace, progress: Progress) -> StepProfile:
         raise BadArgument("--measure needs a TARGET", why="a saved plan has no weights")
     target = resolve_target(arguments, progress, meta=False)
     par = parallel(arguments, target, progress)
-    args, kwargs = _arguments(target.example_inputs)
+    args, kwargs = call_arguments(target.example_inputs)
     profiles = []
     with quiet(arguments.debug):
         for step in range(_WARM_UP + _MEASURED):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autopar.options import Options, call_arguments, checked_options, model_name
 from autopar.plan import Plan
 from autopar.planner import as_planned, fingerprint, make_plan
 from autopar.program import Program, load_program
@@ -25,9 +26,6 @@ from autopar.step_profile import StepProfile, step_profile
 from autopar.trace import Traced, trace
 from costmodel.errors import AutoparError, BadArgument, BadPlan, DoesNotFit
 from costmodel.hardware import Hardware
-from costmodel.hardware import hardware as hardware_named
-from passes.overrides import Overrides
-from passes.schedules import schedule as schedule_named
 from passes.shard import SequenceParallel
 
 MOST_THREADS = 64  # ranks that one process may hold as threads
@@ -73,57 +71,17 @@ def parallelize(
     Errors: BadArgument, CaptureError (forward cannot be one graph), TooManyStages, NoLegalSharding, BadPlan, DoesNotFit (more
     bytes than `recompute` allows, whatever is computed again).
     """
-    degrees = {"tp": tp, "pp": pp, "dp": dp}
-    for name, degree in degrees.items():
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-            raise BadArgument(f"{name} = {degree!r} is not a degree of parallelism", use="a positive integer")
-    if microbatches is not None and (
-        isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1
-    ):
-        raise BadArgument(f"microbatches = {microbatches!r}", use="a positive integer, or None")
-    for name, value, only in (
-        ("dp", dp, 1),
-        ("zero", zero, 0),
-        ("precision", precision, "fp32"),
-    ):
-        if value != only:
-            raise BadArgument(f"{name} = {value!r} is not supported by this version", use=f"{name}={only!r}")
-    if not isinstance(model, nn.Module):
-        raise BadArgument(f"the model is a {type(model).__name__}, not an nn.Module")
-    if recompute not in ("none", "selective", "full") and (
-        isinstance(recompute, bool) or not isinstance(recompute, int) or recompute < 1
-    ):
-        raise BadArgument(
-            f"recompute = {recompute!r}", use='"none", "selective", "full", or the most bytes that a rank may hold (an int)'
-        )
-    if sequence_parallel not in (False, True, "auto"):
-        raise BadArgument(f"sequence_parallel = {sequence_parallel!r}", use='False, True or "auto"')
-    schedule_named(schedule).checked_virtual_stages(virtual_stages)
-    if not isinstance(compile, (bool, str, Mapping)):
-        raise BadArgument(f"compile = {compile!r}", use="False, True, a backend's name, or a dict of torch.compile's options")
-    options = _Options(
-        dict(plan.mesh) if plan is not None else {"pp": pp, "tp": tp}, microbatches, schedule, loss_fn, _hardware(hardware, model),
-        Overrides.of(overrides), plan, sequence_parallel, _device(device, model), seed, virtual_stages, compile, recompute,
+    options = checked_options(
+        model, tp=tp, pp=pp, dp=dp, microbatches=microbatches, schedule=schedule, virtual_stages=virtual_stages, loss_fn=loss_fn,
+        zero=zero, precision=precision, recompute=recompute, sequence_parallel=sequence_parallel, hardware=hardware,
+        overrides=overrides, plan=plan, compile=compile, device=device, seed=seed,
     )  # fmt: skip
     if launched():
         check_world_size(_world_size(), options.mesh)
     parallel = ParallelModel(model, options)
     if example_inputs is not None:
-        parallel._trace(*_arguments(example_inputs))
+        parallel._trace(*call_arguments(example_inputs))
     return parallel
-
-
-def _arguments(example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    raise BadArgument(
-        f"example_inputs is a {type(example_inputs).__name__}",
-        use="a dict of keyword arguments, or a tuple of positional ones",
-    )
 
 
 def _world_size() -> int:
@@ -134,61 +92,6 @@ def _world_size() -> int:
         if torch.distributed.is_initialized()
         else int(os.environ.get("WORLD_SIZE", "1"))
     )
-
-
-def _device(device: torch.device | str | None, model: nn.Module) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    first = next((tensor for tensor in (*model.parameters(), *model.buffers())), None)
-    if first is None or not first.is_meta:
-        return first.device if first is not None else torch.device("cpu")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-_CUDA_PROFILES = (("H200", "h200"), ("H100", "h100-sxm"), ("A100-SXM4-80GB", "a100-80gb"), ("A100", "a100-40gb"))
-
-
-def _hardware(hardware: str | Hardware | None, model: nn.Module) -> Hardware:
-    if hardware is not None:
-        return hardware_named(hardware)
-    if _device(None, model).type == "cuda":
-        name = torch.cuda.get_device_name()
-        return hardware_named(next((profile for part, profile in _CUDA_PROFILES if part in name), "a100-80gb"))
-    return hardware_named("cpu")
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What `parallelize` was asked for."""
-
-    mesh: Mapping[str, int]
-    microbatches: int | None
-    schedule: str
-    loss_fn: Callable[..., torch.Tensor] | None
-    hardware: Hardware
-    overrides: Overrides
-    plan: Plan | None
-    sequence_parallel: SequenceParallel
-    device: torch.device
-    seed: int
-    virtual_stages: int | None
-    compile: Compile
-    recompute: str | int
-
-
-def model_name(model: nn.Module) -> str:
-    """Where a model comes from, for titles: `examples/mlp.py:Net`, or `package.module:Class`."""
-    import sys
-    from pathlib import Path
-
-    kind = type(model)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    if file:
-        try:
-            return f"{Path(file).resolve().relative_to(Path.cwd().resolve())}:{kind.__qualname__}"
-        except ValueError:
-            pass
-    return f"{kind.__module__}:{kind.__qualname__}" if kind.__module__ != "__main__" else kind.__qualname__
 
 
 @dataclass(frozen=True)
@@ -217,7 +120,7 @@ def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 class ParallelModel:
     """The model on all its ranks. Made by `autopar.parallelize`."""
 
-    def __init__(self, model: nn.Module, options: _Options) -> None:
+    def __init__(self, model: nn.Module, options: Options) -> None:
         self._model, self._options = model, options
         self._traced: Traced | None = None
         self._plan: Plan | None = None

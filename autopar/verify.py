@@ -36,7 +36,8 @@ from autopar.compare import (
     compare_fixed,
     compare_low_precision,
 )
-from autopar.parallelize import _arguments, parallelize
+from autopar.options import call_arguments
+from autopar.parallelize import parallelize
 from autopar.plan import Plan
 from autopar.ranks import ThreadedRanks
 from autopar.runtime.batch import BatchTypes
@@ -125,7 +126,7 @@ def verify(
             use="a model with weights (random ones will do)",
         )
     check_model(model)
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = call_arguments(example_inputs)
     reference = _without_dropout(model)
     par = parallelize(reference, example_inputs, tp=tp, pp=pp, loss_fn=loss_fn, **options)
     assert par._traced is not None

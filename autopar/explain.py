@@ -21,7 +21,7 @@ from autopar.trace import Traced
 from autopar.weight_rows import fold_names
 from costmodel.errors import BadArgument, NoLegalSharding
 from costmodel.hardware import Hardware
-from costmodel.memory import training_state_bytes
+from costmodel.memory import state_bytes
 from passes.costs import Pricing
 from passes.ir import TensorType, calls, is_state, is_trainable, output_types, tensor_type
 from passes.line import node_cost
@@ -209,7 +209,7 @@ class _Problem:
             assert kind is not None
             piece = local_type(kind, {"tp": plan.placements[value_of(self.state[name])]}, self.mesh)
             count += self.pricing.num_bytes(piece) // kind.dtype.itemsize
-        return compute, collectives, float(training_state_bytes(count)) + kept * self.in_flight
+        return compute, collectives, float(state_bytes(count).total) + kept * self.in_flight
 
     def explain(self, name: str) -> Explanation:
         node = self.state[name]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from costmodel.errors import BadArgument
 from costmodel.hardware import Hardware
 
 OPTIMIZER_STATE_BYTES = 8  # a parameter: AdamW's two moments in f32
@@ -77,17 +78,73 @@ class MicrobatchBytes:
     keeps_gradients: bool = False
 
 
-def training_state_bytes(
-    num_parameters: Any,
-    *,
-    parameter_bytes: int = 4,
-    gradient_bytes: int = 4,
-    optimizer_state_bytes: int = OPTIMIZER_STATE_BYTES,
-) -> Any:
-    """Bytes of `num_parameters` parameters with their gradients and optimizer state. Defaults: f32 with Adam's two f32
-    moments, 16 a parameter.
+@dataclass(frozen=True)
+class StatePrecision:
+    """Bytes of one parameter: as the forward reads it, its gradient as it is accumulated, and the f32 copy that the optimizer updates
+    (0: it updates the parameter itself).
     """
-    return num_parameters * (parameter_bytes + gradient_bytes + optimizer_state_bytes)
+
+    parameter_bytes: int
+    gradient_bytes: int
+    master_bytes: int
+
+
+# What a job holds by the precision it computes in. 16-bit and 8-bit jobs keep 16-bit parameters and gradients beside an f32 master
+# copy. Source: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.1; Rajbhandari et al. 2020, section 3.1.
+STATE_PRECISIONS: dict[str, StatePrecision] = {
+    "fp32": StatePrecision(4, 4, 0),
+    "tf32": StatePrecision(4, 4, 0),
+    "bf16": StatePrecision(2, 2, 4),
+    "fp16": StatePrecision(2, 2, 4),
+    "fp8": StatePrecision(2, 2, 4),
+}
+
+# Bytes of optimizer state a parameter: moments, in f32.
+OPTIMIZERS: dict[str, int] = {"adamw": OPTIMIZER_STATE_BYTES, "adam": OPTIMIZER_STATE_BYTES, "sgd-momentum": 4, "sgd": 0}
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What one rank holds of some parameters from step to step, in bytes."""
+
+    parameters: Any
+    gradients: Any
+    master: Any
+    optimizer: Any
+
+    @property
+    def total(self) -> Any:
+        return self.parameters + self.gradients + self.master + self.optimizer
+
+
+def state_bytes(
+    numel: Any, *, precision: str = "fp32", zero: int = 0, dp_size: int = 1, optimizer: str = "adamw",
+    gradient_bytes: int | None = None,
+) -> StateBytes:  # fmt: skip
+    """Bytes on one rank of `numel` parameters (one tensor-parallel rank's), their gradients, master copy and optimizer state.
+
+    `zero` splits over the `dp_size` data-parallel ranks: 1 master copy and optimizer state, 2 gradients too, 3 parameters too; a part is
+    ceil(numel / dp_size) elements. `gradient_bytes` (of one element) where gradients are accumulated in another dtype than the
+    precision's. f32 with AdamW and no ZeRO: 16 bytes a parameter. BadArgument for an unknown precision, optimizer or stage.
+    Source: Rajbhandari et al., "ZeRO", SC 2020, figure 1.
+    """
+    if precision not in STATE_PRECISIONS:
+        raise BadArgument(f"no precision {precision!r}", use=f"one of {', '.join(STATE_PRECISIONS)}")
+    if optimizer not in OPTIMIZERS:
+        raise BadArgument(f"no optimizer {optimizer!r}", use=f"one of {', '.join(OPTIMIZERS)}")
+    if zero not in (0, 1, 2, 3):
+        raise BadArgument(f"zero is {zero!r}", use="0, 1, 2 or 3")
+    if dp_size < 1:
+        raise BadArgument(f"dp_size is {dp_size}", use="an integer of 1 or more")
+    row = STATE_PRECISIONS[precision]
+    part = numel if dp_size == 1 else -(-numel // dp_size)
+    held = [part if zero >= stage else numel for stage in (3, 2, 1)]
+    return StateBytes(
+        held[0] * row.parameter_bytes,
+        held[1] * (row.gradient_bytes if gradient_bytes is None else gradient_bytes),
+        held[2] * row.master_bytes,
+        held[2] * OPTIMIZERS[optimizer],
+    )
 
 
 def stage_peak_bytes(

@@ -24,7 +24,7 @@ from torch import fx
 
 from costmodel.collectives import send_seconds
 from costmodel.errors import BadArgument, TooManyStages
-from costmodel.memory import PeakMemory, training_state_bytes
+from costmodel.memory import PeakMemory, state_bytes
 from passes.costs import Pricing
 from passes.cut_objective import InFlight, Objective
 from passes.ir import is_state, origin
@@ -154,7 +154,7 @@ class _Search:
         kept = self._at_points([cost.saved_bytes for cost in costs])
         # counted at the first use of each parameter; a tied parameter's second copy is little beside the rest
         first = [sum(numel for numel, previous in uses if previous < 0) for uses in self.line.first_use]
-        state = self._at_points([float(training_state_bytes(numel)) for numel in first])
+        state = self._at_points([float(state_bytes(numel).total) for numel in first])
         capacity = float(self.pricing.hardware.memory_bytes)
         self.tables = []
         for stage in range(self.num_stages):
@@ -344,7 +344,7 @@ def _stage_cost(line: Line, places: Sequence[int], stage: int, sends: Sequence[f
     return StageCost(
         sum(cost.forward_seconds for cost in costs), sum(cost.backward_seconds for cost in costs),
         sum(cost.collective_seconds for cost in costs),
-        2 * sum(sends), count, float(training_state_bytes(count)), sum(cost.saved_bytes for cost in costs), in_flight,
+        2 * sum(sends), count, float(state_bytes(count).total), sum(cost.saved_bytes for cost in costs), in_flight,
         sends=tuple((to, seconds) for to, seconds in enumerate(sends) if seconds),
     )  # fmt: skip
 

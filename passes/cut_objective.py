@@ -24,7 +24,7 @@ from torch import fx
 
 from costmodel.collectives import send_seconds
 from costmodel.hardware import Hardware
-from costmodel.memory import training_state_bytes
+from costmodel.memory import state_bytes
 from passes.ir import tensor_type
 from passes.line import Line, running_sums
 from passes.localize import sharding
@@ -70,7 +70,7 @@ class Objective:
         saved = self._sums([cost.saved_bytes for cost in line.costs])
         # counted at the first use of each parameter; a tied parameter's second copy is little beside the rest
         first = [sum(numel for numel, previous in uses if previous < 0) for uses in line.first_use]
-        state = self._sums([float(training_state_bytes(numel)) for numel in first])
+        state = self._sums([float(state_bytes(numel).total) for numel in first])
         self._held = state.unsqueeze(1), saved.unsqueeze(1)
         self._uses = self._sums([float(len(uses)) for uses in line.first_use])
         self._in_flight = torch.tensor([in_flight(stage, num_stages) for stage in range(num_stages)], dtype=torch.float64)

@@ -33,7 +33,7 @@ import torch
 from torch import fx
 
 from costmodel.errors import NoLegalSharding
-from costmodel.memory import optimizer_seconds, training_state_bytes
+from costmodel.memory import optimizer_seconds, state_bytes
 from passes.annotation import Binding, Cut, Dim
 from passes.costs import Pricing, is_number
 from passes.elimination import minimise
@@ -370,7 +370,7 @@ class _Problem:
             num_bytes, link = self.pricing.num_bytes(kind), self.pricing.link(self.axis_size)
             link = replace(link, latency_seconds=0.0)
             seconds += collective_seconds("all_reduce", num_bytes=num_bytes, axis_size=self.axis_size, link=link)
-        return seconds / self.microbatches, float(training_state_bytes(local))
+        return seconds / self.microbatches, float(state_bytes(local).total)
 
     def price_memory(self) -> tuple[float, float]:
         """(seconds of the unsplit model, seconds a byte is worth): time x memory linearised at each variable's first choice, whole."""

@@ -504,14 +504,27 @@ def test_f32_is_not_tf32() -> None:
 
 
 def test_memory_by_hand() -> None:
-    assert memory.training_state_bytes(1000) == 16000
-    assert memory.training_state_bytes(1000, parameter_bytes=2, gradient_bytes=2, optimizer_state_bytes=12) == 16000
+    assert memory.state_bytes(1000).total == 16000
     peak = memory.stage_peak_bytes(
         state_bytes=16000, saved_bytes=100, microbatches_in_flight=4, receive_bytes=10, extra_bytes=7
     )
     assert peak == 16000 + 440 + 7
     device = replace(HARDWARE["cpu"], memory_bandwidth_bytes_per_second=28e9, memory_efficiency=0.5)
     assert memory.optimizer_seconds(10**9, device) == pytest.approx(2.0)
+
+
+def test_state_bytes_of_each_zero_stage() -> None:
+    held = {zero: memory.state_bytes(1000, precision="bf16", zero=zero, dp_size=4) for zero in range(4)}
+    assert [(s.parameters, s.gradients, s.master, s.optimizer) for s in held.values()] == [
+        (2000, 2000, 4000, 8000), (2000, 2000, 1000, 2000), (2000, 500, 1000, 2000), (500, 500, 1000, 2000),
+    ]  # fmt: skip
+    # Rajbhandari et al. 2020, figure 1: 120, 31.4, 16.6 and 1.9 GB for 7.5 G parameters on 64 ranks
+    figure = [memory.state_bytes(7_500_000_000, precision="fp16", zero=z, dp_size=64).total / 1e9 for z in range(4)]
+    assert figure == pytest.approx([120.0, 31.4, 16.6, 1.9], abs=0.05)
+    assert memory.state_bytes(7, zero=3, dp_size=4).parameters == 2 * 4
+    for wrong in ({"zero": 4}, {"precision": "int3"}, {"optimizer": "lion9"}, {"dp_size": 0}):
+        with pytest.raises(BadArgument):
+            memory.state_bytes(10, **wrong)
 
 
 # The package

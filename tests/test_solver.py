@@ -19,7 +19,7 @@ import passes.elimination
 from autopar.trace import Traced, trace
 from costmodel.errors import NoLegalSharding
 from costmodel.hardware import Link, hardware
-from costmodel.memory import optimizer_seconds, training_state_bytes
+from costmodel.memory import optimizer_seconds, state_bytes
 from passes import shard as shard_pass
 from passes.costs import Pricing
 from passes.dominance import restricted, undominated
@@ -269,7 +269,7 @@ def objective_of_the_best(
         together = replace(pricing.link(axis_size), latency_seconds=0.0)
         owed = all_reduce_seconds(value, together) if placement == COPIED else 0.0
         return (float(optimizer_seconds(held, pricing.hardware)) + owed) / microbatches, float(
-            training_state_bytes(held)
+            state_bytes(held).total
         )
 
     own = {n: [of_parameter(n, c) if n in params else of_call(n, c) for c in domains[n]] for n in order}

@@ -19,7 +19,7 @@ from costmodel import collectives, memory
 from costmodel.cost import AMOUNTS, ZERO, Cost, number_at, total
 from costmodel.errors import BadArgument
 from costmodel.formulas import OpRow, Saved, TensorShape, contraction, keeps_nothing, matmul_flops, pointwise
-from costmodel.hardware import HARDWARE, Hardware, Link, hardware
+from costmodel.hardware import HARDWARE, Hardware, Link, combined, hardware
 from costmodel.ops import ELEMENTWISE, OP_COSTS, VIEWS, base_name, is_view, op_cost, op_saves
 from costmodel.roofline import backward_seconds, flops_per_second, forward_seconds
 
@@ -417,14 +417,16 @@ def test_every_profile_has_a_source_for_every_number_and_survives_json(name: str
 
 
 def test_the_names_that_users_were_promised() -> None:
-    assert set(HARDWARE) >= {"a100-40gb", "a100-80gb", "h100-sxm", "h200", "cpu"}
+    assert set(HARDWARE) >= {
+        "v100-16gb", "v100-32gb", "a100-40gb", "a100-80gb", "h100-sxm", "h200", "b200", "gb200", "gh200", "l40s", "rtx-4090", "cpu",
+    }  # fmt: skip
 
 
 def test_hardware_takes_a_name_or_a_profile() -> None:
     assert hardware("h200") is HARDWARE["h200"]
     mine = replace(HARDWARE["cpu"], name="mine")
     assert hardware(mine) is mine
-    with pytest.raises(BadArgument, match=r"no hardware profile 'tpu'(.|\n)*a100-40gb, a100-80gb, h100-sxm, h200, cpu"):
+    with pytest.raises(BadArgument, match=r"no hardware profile 'tpu'(.|\n)*a100-40gb, (.|\n)*h100-sxm, (.|\n)*cpu"):
         hardware("tpu")
 
 
@@ -453,6 +455,10 @@ def test_hardware_takes_a_name_or_a_profile() -> None:
         ({"across": {"latency_seconds": -1, "bandwidth_bytes_per_second": 1e9}}, "across.latency_seconds .* is -1"),
         ({"cores": 5}, "unknown keys cores"),
         ({"name": ""}, "name is ''"),
+        ({"basis": "guess"}, "basis .* is 'guess'"),
+        ({"kernels": {"fill_k": -1}}, "kernels.fill_k .* is -1"),
+        ({"kernels": {"dtype_efficiency": {"bf16": 2}}}, r"kernels.dtype_efficiency\[bf16\] .* is 2"),
+        ({"kernels": {"tile": 1}}, "kernels .* unknown keys tile"),
         ({"sources": ["me"]}, "sources"),
     ],
 )
@@ -464,12 +470,31 @@ def test_absurd_profiles_are_refused(change: dict[str, object], message: str) ->
 
 def test_missing_fields_and_broken_json_are_refused() -> None:
     values = json.loads(HARDWARE["cpu"].to_json())
-    for name in set(values) - {"sources"}:
+    for name in set(values) - {"sources", "kernels", "basis"}:
         with pytest.raises(BadArgument, match=f"has no {name}"):
             Hardware.from_json(json.dumps({key: value for key, value in values.items() if key != name}))
     for text in ("{", "[]", "5"):
         with pytest.raises(BadArgument, match="JSON"):
             Hardware.from_json(text)
+
+
+def test_which_axis_crosses_nodes_follows_from_its_size_and_stride() -> None:
+    device = HARDWARE["a100-80gb-4nic"]  # eight devices a node, half a port each
+    share = device.across.bandwidth_bytes_per_second
+    assert share == pytest.approx(HARDWARE["a100-80gb"].across.bandwidth_bytes_per_second / 2)
+    expected = {(1, 1): (1, 1), (8, 1): (8, 1), (4, 2): (4, 1), (16, 1): (8, 2), (8, 8): (1, 8), (4, 4): (2, 2), (3, 64): (1, 3)}
+    for (size, stride), (together, nodes) in expected.items():
+        link = device.axis_link(size, stride)
+        assert (link.ranks_per_node, link.num_nodes) == (together, nodes), (size, stride)
+    assert device.axis_link(8, 1).bandwidth_bytes_per_second == device.inside.bandwidth_bytes_per_second
+    assert device.axis_link(16, 1).bandwidth_bytes_per_second == pytest.approx(8 * share)
+    assert device.axis_link(8, 8).bandwidth_bytes_per_second == pytest.approx(share)
+
+
+def test_unknown_rows_of_a_combination_are_listed() -> None:
+    with pytest.raises(BadArgument, match=r"no node 'rack'(.|\n)*dgx-a100"):
+        combined("mine", "a100-80gb", "rack", "8x-hdr200")
+    assert combined("mine", "h200", "pcie-8", "1x-100gbe").across.bandwidth_bytes_per_second < 2e9
 
 
 # Roofline and memory

@@ -247,8 +247,12 @@ FABRICS: dict[str, Fabric] = {
         32, Link(9.6e-6, 48.5e9),
         _NET_LATENCY + "; one NDR400 InfiniBand port per GPU: 50 GB/s, 48.5 reached (SimAI, calbusbw.h)",
     ),
-    "4x-opa100": Fabric(4, Link(9.6e-6, 11.5e9), _NET_LATENCY + "; four Omni-Path 100 ports a node (Jean Zay, IDRIS): 12.5 GB/s, 11.5 reached"),
-    "4x-edr100": Fabric(4, Link(9.6e-6, 11.5e9), _NET_LATENCY + "; four EDR InfiniBand ports a node (DGX-1 datasheet): 12.5 GB/s, 11.5 reached"),
+    "4x-opa100": Fabric(
+        4, Link(9.6e-6, 11.5e9), _NET_LATENCY + "; four Omni-Path 100 ports a node (Jean Zay, IDRIS): 12.5 GB/s, 11.5 reached"
+    ),
+    "4x-edr100": Fabric(
+        4, Link(9.6e-6, 11.5e9), _NET_LATENCY + "; four EDR InfiniBand ports a node (DGX-1 datasheet): 12.5 GB/s, 11.5 reached"
+    ),
     "1x-100gbe": Fabric(1, Link(2e-5, 11e9), "estimate: one 100 Gbit/s Ethernet port a node, 11 of 12.5 GB/s reached"),
     "10gbe-per-rank": Fabric(64, Link(8e-5, 1.1e9), "assumed: 10 Gbit/s Ethernet, latency as inside"),
 }  # fmt: skip

@@ -203,6 +203,16 @@ SCHEDULES: dict[str, Schedule] = {
             splits_backward=True,
         ),
         Schedule(
+            name="zb-h2",
+            generator=zero_bubble.zb_h2,
+            description="no bubble if forward, input and weight gradients take as long; twice the memory of zb-h1",
+            max_in_flight=zero_bubble.zb_h2_in_flight,
+            bubble=zero_bubble.zb_h2_bubble,
+            bubble_seconds=zero_bubble.zb_h2_bubble_seconds,
+            source="Qi et al. 2023, Zero Bubble Pipeline Parallelism, table 2: (p - 1)(F + B - 2W), memory 2p - 1",
+            splits_backward=True,
+        ),
+        Schedule(
             name="zb-v",
             generator=zero_bubble.zb_v,
             description="two stages a rank, down and up again; no bubble if forward, input and weight gradients take as long",

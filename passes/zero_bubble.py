@@ -1,18 +1,21 @@
 """Zero-bubble schedules: the backward is split, and the weight gradients, which no stage waits for, fill the gaps.
 
-Design note. BackwardInput sends its result on at once; BackwardWeight comes later, where a rank would idle. Both
-schedules are the handcrafted ones of Qi et al. 2023, "Zero Bubble Pipeline Parallelism", and hold no more than 1F1B
-holds at its first rank.
+Design note. BackwardInput sends its result on at once; BackwardWeight comes later, where a rank would idle. The
+schedules are the handcrafted ones of Qi et al. 2023, "Zero Bubble Pipeline Parallelism". `zb_h1` and `zb_v` hold no more
+than 1F1B holds at its first rank, `zb_h2` about twice that.
 
 `zb_h1` is 1F1B with the weight gradients of rank r delayed by r microbatches: the first rank, whose results nobody
 waits for, delays none. Each rank then holds p microbatches, and of the three parts of a bubble the one of the weight
-gradients turns to work. `zb_v` has two stages a rank, down the ranks and up again, so that the last stage is on the
-first rank and the first backward comes back as early as there. With a forward, the input gradients and the weight
-gradients equally long no rank idles between its first and its last compute. Its figures are stated for that case; the
-paper has no formula for others, and lets a solver look for better orders then.
+gradients turns to work. `zb_h2` runs ahead twice as far and delays twice as long: rank r starts with 2 (p - 1 - r)
+forwards more than the last, which fill the time until the first gradient comes, and its weight gradients are 2 r
+microbatches behind, which fill the time after the last. Every rank holds 2p - 1 microbatches, and with a forward, the
+input gradients and the weight gradients equally long none idles. `zb_v` has two stages a rank, down the ranks and up
+again, so that the last stage is on the first rank and the first backward comes back as early as there. With all three
+equally long no rank idles between its first and its last compute. Its figures are stated for that case; the paper has
+no formula for others, and lets a solver look for better orders then.
 
 The authors measure a bubble from a rank's first compute to its last. Over the whole step every rank idles p - 1
-forwards more under zb-v, before its first compute or after its last.
+forwards more under zb-h2 and zb-v, before its first compute or after its last.
 """
 
 from __future__ import annotations
@@ -25,16 +28,26 @@ from passes.instructions import BackwardInput, BackwardWeight, Compute, Forward
 
 def zb_h1(rank: int, num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> Iterator[Compute]:
     """1F1B with the weight gradients `rank` microbatches behind the input gradients."""
-    ahead = min(num_microbatches, num_ranks - 1 - rank)
+    return _one_stage(num_ranks - 1 - rank, rank, num_microbatches)
+
+
+def zb_h2(rank: int, num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> Iterator[Compute]:
+    """Twice as many forwards ahead of the first backward, weight gradients twice as far behind."""
+    return _one_stage(2 * (num_ranks - 1 - rank), 2 * rank, num_microbatches)
+
+
+def _one_stage(ahead: int, behind: int, num_microbatches: int) -> Iterator[Compute]:
+    """`ahead` forwards more than backwards, weight gradients `behind` microbatches after the input gradients."""
+    ahead = min(ahead, num_microbatches)
     for microbatch in range(ahead):
         yield Forward(microbatch)
     for microbatch in range(num_microbatches):
         if microbatch + ahead < num_microbatches:
             yield Forward(microbatch + ahead)
         yield BackwardInput(microbatch)
-        if microbatch >= rank:
-            yield BackwardWeight(microbatch - rank)
-    for microbatch in range(max(0, num_microbatches - rank), num_microbatches):
+        if microbatch >= behind:
+            yield BackwardWeight(microbatch - behind)
+    for microbatch in range(max(0, num_microbatches - behind), num_microbatches):
         yield BackwardWeight(microbatch)
 
 
@@ -51,6 +64,28 @@ def zb_h1_bubble_seconds(
 def zb_h1_bubble(num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> Fraction:
     """The same over the step, for F = B = W = 1."""
     idle = 2 * (num_ranks - 1) - (min(num_ranks, num_microbatches) - 1)
+    return Fraction(idle, idle + 3 * num_microbatches)
+
+
+def zb_h2_in_flight(rank: int, num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> int:
+    """2p - 1 on every rank; with few, all."""
+    return min(2 * num_ranks - 1, num_microbatches)
+
+
+def zb_h2_bubble_seconds(
+    num_ranks: int, num_microbatches: int, virtual_stages: int, forward: float, inputs: float, weights: float
+) -> float | None:
+    """(p - 1)(F + B - 2W) from 2p - 1 microbatches on, as published for F and B of at least W; W counts once per
+    microbatch before the last, if those are fewer."""
+    if weights > min(forward, inputs):
+        return None
+    filled = min(2 * (num_ranks - 1), num_microbatches - 1)
+    return (num_ranks - 1) * (forward + inputs) - filled * weights
+
+
+def zb_h2_bubble(num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> Fraction:
+    """Over the step, for F = B = W: (p - 1) / (3 m + p - 1) from 2p - 2 microbatches on; each two fewer are one compute less."""
+    idle = 2 * (num_ranks - 1) - min(num_ranks - 1, num_microbatches // 2)
     return Fraction(idle, idle + 3 * num_microbatches)
 
 

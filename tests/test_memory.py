@@ -288,7 +288,7 @@ def test_the_predicted_peak_is_within_five_percent(
 
 @pytest.mark.wide
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v", "dualpipe-v"])
+@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-h2", "zb-v", "dualpipe-v"])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2), (1, 4)])
 @pytest.mark.parametrize("build", [small_gpt, small_llama, small_cnn])
 def test_the_predicted_peak_of_every_layout(

@@ -53,11 +53,13 @@ PUBLISHED: dict[str, Callable[..., float]] = {
     "1f1b": lambda p, m, v, F, B, W: (p - 1) * (F + B + W),
     "interleaved-1f1b": lambda p, m, v, F, B, W: (p - 1) * (v * F + v * B + v * W) / v,
     "zb-h1": lambda p, m, v, F, B, W: (p - 1) * (F + B - W),
+    "zb-h2": lambda p, m, v, F, B, W: (p - 1) * (F + B - 2 * W),
     "zb-v": lambda p, m, v, F, B, W: 0,
 }
 FROM_MICROBATCHES: dict[str, Callable[[int], int]] = {
     "interleaved-1f1b": lambda p: p,
     "zb-h1": lambda p: p,
+    "zb-h2": lambda p: 2 * p - 1,
     "zb-v": lambda p: 2 * p - 1,
     "dualpipe-v": lambda p: 2 * p,
 }
@@ -296,6 +298,7 @@ def test_the_published_bounds_on_microbatches_in_flight() -> None:
         "1f1b": lambda p, v, m: p,
         "interleaved-1f1b": lambda p, v, m: v * p + p - 1,  # of m, a multiple of p: p + (p - 1) / v whole ones
         "zb-h1": lambda p, v, m: p,
+        "zb-h2": lambda p, v, m: 2 * p - 1,
         "zb-v": lambda p, v, m: 2 * p,
         "dualpipe-v": lambda p, v, m: 2 * p + 1,
     }.items():
@@ -343,7 +346,7 @@ def test_ranks_idle_as_long_as_the_published_formula_says(name: str, microbatche
 
 
 def test_times_that_the_sources_say_nothing_of_have_no_stated_bubble() -> None:
-    for name, times in (("zb-h1", (1, 1, 1.1)), ("zb-v", (1, 1.1, 1)), ("dualpipe-v", (1, 1, 0.9))):
+    for name, times in (("zb-h1", (1, 1, 1.1)), ("zb-h2", (1, 1, 1.1)), ("zb-v", (1, 1.1, 1)), ("dualpipe-v", (1, 1, 0.9))):
         stated = schedule(name).bubble_seconds
         assert stated is not None and stated(4, 16, 2, *times) is None
 

@@ -24,6 +24,7 @@ from costmodel.memory import PeakMemory
 from passes.cut import StageCost
 from passes.instructions import BackwardInput, Instruction, instruction
 from passes.ir import Size
+from passes.module_cost import ModuleCost, module_cost
 from passes.order import order, prove
 from passes.placement import Placement, Shard, can_be_padded, divides, notation, parse_notation
 from passes.schedules import FORWARD_ONLY
@@ -180,6 +181,16 @@ class Plan:
             virtual_stages=self.virtual_stages,
         )  # fmt: skip
         return replace(self, microbatches=count, instructions=ordered)
+
+    def cost(self, path: str = "") -> ModuleCost:
+        """What the ops under a module path cost one rank, as expressions in the batch, the sequence and the mesh axes; numbers by `.at`.
+
+        BadArgument if the plan has no op there.
+        """
+        sizes = dict(self.sizes)
+        if "B" in sizes:
+            sizes["B"] = -(-sizes["B"] // self.microbatches)
+        return module_cost([stage.graph_module.graph for stage in self.stages], path, self.mesh, sizes)
 
     def source(self, rank: int) -> str:
         """The emitted program of a rank."""

@@ -23,7 +23,18 @@ from costmodel.cost import Amount, Cost, total
 from costmodel.errors import BadArgument
 from costmodel.ops import TensorShape, op_cost, op_saves
 from passes.costs import op_name
-from passes.ir import Size, TensorType, calls, is_state, is_trainable, origin, output_types, size_symbol, tensor_inputs, tensor_type
+from passes.ir import (
+    Size,
+    TensorType,
+    calls,
+    is_state,
+    is_trainable,
+    origin,
+    output_types,
+    size_symbol,
+    tensor_inputs,
+    tensor_type,
+)
 from passes.localize import sharding
 from passes.placement import Copied, Placement, Shard, per_block, segment_sizes
 from passes.reshard import RESHARDS
@@ -89,7 +100,7 @@ FIGURES = tuple(item.name for item in fields(ModuleCost) if item.name not in ("p
 
 # Which collectives a reshard runs forward and backward, by its function and whether its gradient is a partial sum; and how many
 # times (n-1)/n of the whole value each rank sends in one (ring algorithms: Patarasuk and Yuan 2009).
-_COLLECTIVES = {
+_COLLECTIVES: dict[tuple[Any, bool], tuple[str, str]] = {
     (row.function, Copied in (row.have, row.want) and "partial_gradient" in signature(row.function).parameters): (row.forward, row.backward)
     for row in RESHARDS
 }
@@ -142,18 +153,13 @@ def module_cost(graphs: Iterable[fx.Graph], path: str, axis_sizes: Mapping[str, 
     sum_of = total(costs)
     return ModuleCost(
         path,
-        *(
-            _tidy(value)
-            for value in (
-                sum_of.forward_flops,
-                sum_of.backward_flops,
-                sum_of.read_bytes + sum_of.backward_read_bytes,
-                sum_of.written_bytes + sum_of.backward_written_bytes,
-                _sum(saved_terms),
-                _sum(communicated),
-                _sum(list(parameters.values())),
-            )
-        ),
+        forward_flops=_tidy(sum_of.forward_flops),
+        backward_flops=_tidy(sum_of.backward_flops),
+        read_bytes=_tidy(sum_of.read_bytes + sum_of.backward_read_bytes),
+        written_bytes=_tidy(sum_of.written_bytes + sum_of.backward_written_bytes),
+        saved_bytes=_tidy(_sum(saved_terms)),
+        communication_bytes=_tidy(_sum(communicated)),
+        parameters=_tidy(_sum(list(parameters.values()))),
         sizes={**sizes, **axis_sizes},
     )
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from autopar.cli_calibrate import calibrate_arguments, run_calibrate
 from autopar.cli_options import (
     BAD,
     CHECK_FAILED,
@@ -255,6 +256,12 @@ _COMMANDS: dict[str, _Command] = {
         ("autopar timeline examples/mlp.py:example --pp 2 --schedule gpipe", "autopar timeline --plan plan.json"),
         timeline_arguments,
         run_timeline,
+    ),
+    "calibrate": _Command(
+        "measure this machine into a hardware profile: matrix products, memory, launches, collectives",
+        ("autopar calibrate --out here.json", "autopar plan examples/mlp.py:example --tp 2 --hardware here.json"),
+        calibrate_arguments,
+        run_calibrate,
     ),
     "diff": _Command(
         "show what differs between two saved plans, and what it does to time and memory",

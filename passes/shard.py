@@ -66,6 +66,7 @@ Users = dict[
     Value, list[tuple[fx.Node, tuple[int, ...]]]
 ]  # of each value: the calls that use it, and in which argument slots
 Pins = Callable[[str, TensorType, Sequence[Placement]], Sequence[Placement]]
+Repeats = Callable[[fx.Node], int]
 
 
 def value_of(node: fx.Node) -> Value:
@@ -264,6 +265,7 @@ class _Problem:
     calls: dict[fx.Node, Call]
     cuts: _Cuts
     zeros: set[fx.Node]  # whose padding is zero
+    repeats: Repeats = lambda node: 1  # how many nodes of the model a node stands for
     choices: list[list[Any]] = field(default_factory=list)
     factors: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
     variables: dict[fx.Node, int] = field(default_factory=dict)  # of calls and of parameters
@@ -321,9 +323,10 @@ class _Problem:
         outputs = [pair for strategy in found for pair in zip(call.outputs, strategy.outputs, strict=True)]
         if self.sequence_parallel is True and any(self._splits_tokens(*pair) for pair in outputs):
             self._by_tokens.add(variable)
+        count = self.repeats(node)
         for strategy in found:
             seconds, num_bytes = self._call_seconds(call, differentiable, strategy)
-            self._own[variable].append((seconds, num_bytes * self.in_flight))
+            self._own[variable].append((seconds * count, num_bytes * self.in_flight * count))
 
     def _call_seconds(self, call: Call, differentiable: tuple[bool, ...], strategy: Strategy) -> tuple[float, float]:
         """(seconds forward and backward, bytes kept for backward) of one call under one strategy."""
@@ -357,7 +360,9 @@ class _Problem:
         if not found:
             raise _Infeasible
         self.variables[node] = variable = self._variable(found)
-        self._own[variable] = [self._state_seconds(kind, placement, is_trainable(node)) for placement in found]
+        states = (self._state_seconds(kind, placement, is_trainable(node)) for placement in found)
+        count = self.repeats(node)
+        self._own[variable] = [(seconds * count, num_bytes * count) for seconds, num_bytes in states]
 
     def _state_seconds(self, kind: TensorType, placement: Placement, trained: bool) -> tuple[float, float]:
         """(seconds per microbatch, bytes) of holding a parameter and, if it is trained, updating it."""
@@ -477,16 +482,16 @@ class _Problem:
         `shared=False` charges every user by itself: an upper bound, for graphs that are too wide otherwise.
         """
         kind, trainable = output_types(value[0])[value[1]], is_trainable(value[0])
-        have, producer = tuple(self.offers(value)), self.variables.get(value[0])
+        have, producer, count = tuple(self.offers(value)), self.variables.get(value[0]), self.repeats(value[0])
 
         def cost(source: Placement, want: Want) -> float:
-            return self._reshard_seconds(kind, trainable, source, want)
+            return count * self._reshard_seconds(kind, trainable, source, want)
 
         wants = [(self.variables.get(user), self.wants(user, slots)) for user, slots in consumers]
         if len(wants) == 1 or not shared:
             for user, options in wants:
                 self._add(
-                    (producer, user), ("pair", kind, trainable, have, options),
+                    (producer, user), ("pair", kind, trainable, count, have, options),
                     lambda options=options: [[sum(cost(h, w) for w in option) for option in options] for h in have],  # type: ignore[misc]
                 )  # fmt: skip
             return
@@ -540,16 +545,16 @@ class _Problem:
 def shard(
     module: fx.GraphModule, *, axis: str, axis_size: int, pricing: Pricing, microbatches: int = 1, in_flight: int = 1,
     loss: fx.Node | None = None, pins: Pins | None = None, sequence_parallel: SequenceParallel = False,
-    may_regroup: bool = True,
+    may_regroup: bool = True, repeats: Repeats = lambda node: 1,
 ) -> ShardPlan:  # fmt: skip
     """The cheapest assignment of strategies and placements for one axis. The graph is not touched.
 
     `loss` must come out whole; other results of the model may stay split. `pins(name, type, choices)` narrows a parameter's choices.
-    `sequence_parallel`: whether values between the matmuls may be split over tokens: False, "auto" (where it is cheaper), True (wherever
-    an op can be). NoLegalSharding if the pins leave no assignment; with `may_regroup` only after values between the matmuls may be
+    `repeats`: of a folded graph, how many nodes of the model each stands for. `sequence_parallel`: whether values between the matmuls
+    may be split over tokens: False, "auto" (where it is cheaper), True (wherever an op can be). NoLegalSharding if the pins leave no assignment; with `may_regroup` only after values between the matmuls may be
     split and gathered anywhere.
     """
-    given = (module, axis, axis_size, pricing, microbatches, in_flight, loss, pins, sequence_parallel)
+    given = (module, axis, axis_size, pricing, microbatches, in_flight, loss, pins, sequence_parallel, repeats)
     try:
         return _shard(*given, regroup=False)
     except _Infeasible:
@@ -566,7 +571,7 @@ def shard(
 
 def _shard(
     module: fx.GraphModule, axis: str, axis_size: int, pricing: Pricing, microbatches: int, in_flight: int,
-    loss: fx.Node | None, pins: Pins | None, sequence_parallel: SequenceParallel, *, regroup: bool,
+    loss: fx.Node | None, pins: Pins | None, sequence_parallel: SequenceParallel, repeats: Repeats, *, regroup: bool,
 ) -> ShardPlan:  # fmt: skip
     graph = module.graph
     nodes = {node: call_of(node) for node in calls(graph) if is_call(node)}
@@ -583,7 +588,8 @@ def _shard(
         node for node in nodes if node in parametric and node not in bindings and not node.meta.get("mutates")
     )
     problem = _Problem(
-        pricing, axis_size, microbatches, in_flight, sequence_parallel, regroup, nodes, _Cuts(bindings, axis_size), zero_padded(graph)
+        pricing, axis_size, microbatches, in_flight, sequence_parallel, regroup, nodes, _Cuts(bindings, axis_size), zero_padded(graph),
+        repeats,
     )  # fmt: skip
     users: Users = {}
     for node in nodes:

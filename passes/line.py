@@ -49,7 +49,7 @@ def node_cost(node: fx.Node, pricing: Pricing, axis_sizes: Mapping[str, int], sa
     inputs = [n for n in tensor_inputs(node)]
     shapes = [pricing.shape(local_type(_type(n), sharding(n), axis_sizes)) for n in inputs]
     results = [
-        pricing.shape(local_type(value, _result_sharding(node, k), axis_sizes))
+        pricing.shape(local_type(value, result_sharding(node, k), axis_sizes))
         for k, value in enumerate(output_types(node))
     ]
     trainable = tuple(is_trainable(n) for n in inputs)
@@ -79,7 +79,7 @@ def _type(node: fx.Node):  # type: ignore[no-untyped-def]
     return kind
 
 
-def _result_sharding(node: fx.Node, index: int) -> Mapping[str, Placement]:
+def result_sharding(node: fx.Node, index: int) -> Mapping[str, Placement]:
     if tensor_type(node) is not None:
         return sharding(node)
     user = next((u for u in node.users if u.target is operator.getitem and u.args[1] == index), None)

@@ -160,18 +160,16 @@ def stage_peak_bytes(
 
 
 def optimizer_seconds(
-    num_parameters: Any,
-    hardware: Hardware,
-    *,
-    parameter_bytes: int = 4,
-    gradient_bytes: int = 4,
-    optimizer_state_bytes: int = OPTIMIZER_STATE_BYTES,
+    numel: Any, hardware: Hardware, *, precision: str = "fp32", optimizer: str = "adamw", gradient_bytes: int | None = None
 ) -> Any:
-    """Seconds of an AdamW step: memory traffic of reading parameter, gradient and state and writing parameter and state
-    back.
+    """Seconds of an optimizer step over `numel` parameters: memory traffic of reading gradients, reading and writing what is updated and
+    its state, and writing the copy that the forward reads where that is another one.
 
-    (2 parameter + gradient + 2 state) bytes / bandwidth per parameter, 28 bytes in f32; a fused or foreach
-    implementation, few kernels.
+    (gradient + 2 master or parameter + 2 state (+ parameter)) bytes / bandwidth: 28 bytes a parameter of AdamW in f32 and in mixed
+    precision alike. A fused or foreach implementation, few kernels.
     """
-    moved_bytes = num_parameters * (2 * parameter_bytes + gradient_bytes + 2 * optimizer_state_bytes)
+    row = STATE_PRECISIONS[precision]
+    gradient = row.gradient_bytes if gradient_bytes is None else gradient_bytes
+    updated = 2 * row.master_bytes + row.parameter_bytes if row.master_bytes else 2 * row.parameter_bytes
+    moved_bytes = numel * (gradient + updated + 2 * OPTIMIZERS[optimizer])
     return moved_bytes / (hardware.memory_bandwidth_bytes_per_second * hardware.memory_efficiency)

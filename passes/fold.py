@@ -59,6 +59,15 @@ class Folded:
             return self.copies.get(str(node.target), 1)
         return self.units[unit_of(node)].count
 
+    def weight(self, node: fx.Node) -> float:
+        """`count`, dealt out evenly over a run's kept blocks: what the shard pass goes by. With the counts themselves it could let the few
+        blocks that count once pay for reshards of the many.
+        """
+        unit = self.units[unit_of(node)]
+        if unit.run is None or (is_state(node) and self.copies.get(str(node.target), 1) != unit.count):
+            return float(self.count(node))
+        return sum(each.count for each in self.units if each.run == unit.run) / sum(each.run == unit.run for each in self.units)
+
     @property
     def num_blocks(self) -> int:
         """How many units the whole model has, blocks of runs and what lies between them: the most stages that whole blocks give."""
@@ -153,21 +162,20 @@ def _best_run(
             continue
         same = inside[period:] == inside[:-period]
         edges = torch.cat([torch.tensor([False]), same, torch.tensor([False])]).int().diff()
-        starts, ends = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
-        lengths = ends - starts + period
-        repeats = lengths // period
-        left_out = (repeats - 3) * period
-        if not len(left_out) or int(repeats.max()) < _LEAST_REPEATS:
+        starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
+        lengths = stops - starts + period
+        left_out = (lengths // period - 3) * period
+        if not len(left_out) or int(left_out.max()) <= 0:
             continue
         k = int(left_out.argmax())
         candidate = (int(left_out[k]), -period, low + int(starts[k]), int(lengths[k]))
         best = candidate if best is None or candidate > best else best
     if best is None:
         return None
-    _, period, start, length = best
-    period = -period
+    _, negative, start, length = best
+    period = -negative
     freedom = length % period
-    begins = min(range(start, start + freedom + 1), key=lambda place: (_crossing(line, position, place), place))
+    begins: int = min(range(start, start + freedom + 1), key=lambda place: (_crossing(line, position, place), place))
     repeats = (start + length - begins) // period
     return _linked_alike(line, position, _Run(begins, period, repeats))
 
@@ -239,6 +247,9 @@ def _folded(module: fx.GraphModule, line: Sequence[fx.Node], runs: Sequence[_Run
         made[node] = graph.node_copy(node, lambda source: made[stands_for.get(source, source)])
         latest = unit.get(node, latest)
         made[node].meta = {**node.meta, "unit": latest}
+    for node in graph.nodes:
+        if is_state(node):
+            node.meta["unit"] = min((user.meta["unit"] for user in node.users if user.op != "output"), default=0)
     graph.eliminate_dead_code(is_impure_node=is_kept)
     for node in [node for node in graph.nodes if is_state(node) and not node.users]:
         graph.erase_node(node)

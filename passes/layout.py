@@ -1,4 +1,4 @@
-"""What a job can look like: degrees, schedule, microbatches, ZeRO, recompute, precision. Values only; `passes.layout_evaluator` prices them.
+"""What a job can look like: degrees, schedule, microbatches, ZeRO, recompute, precision. `passes.layout_evaluator` prices it.
 
 Ranks are numbered with tensor parallelism fastest, then context, data and pipeline parallelism: `AXES`. So the stride of an axis, and
 with it whether its traffic leaves a node, follows from the degrees of the faster axes. A further axis (experts) is a further field with its
@@ -29,6 +29,7 @@ class Layout:
     `precision`: of compute and held state; `gradient_bytes`: of one element, where gradients are accumulated in another dtype.
     `overlap`: axes whose traffic runs beside compute where it can. `blocks`: how many of the model's blocks each stage takes, in order
     (the units between runs of blocks count as one each); None: the most even cut. `offload`: kept activations wait in host memory.
+    `split_sends`: tensor-parallel ranks each send their part of a value that all of them hold, and gather it on arrival.
     """
 
     tp: int = 1
@@ -49,6 +50,7 @@ class Layout:
     overlap: frozenset[str] = frozenset({"dp"})
     blocks: tuple[int, ...] | None = None
     offload: bool = False
+    split_sends: bool = False
 
     def __post_init__(self) -> None:
         for name in (*AXES, "virtual_stages", "microbatch_rows", "microbatches"):
@@ -119,8 +121,9 @@ class LayoutMemory:
 class LayoutPrediction:
     """What a layout is predicted to do. Seconds of one step.
 
-    `communication_seconds` by axis: all traffic of the busiest rank; `exposed_seconds` by axis: what of it the step waits for. `model_flops`: of
-    the whole step on all ranks, nothing computed twice. `uncertainty`: relative, one standard deviation of the time; None: not known.
+    `communication_seconds` by axis: all traffic of the busiest rank; `exposed_seconds` by axis: what of it the step waits for.
+    `model_flops`: of the whole step on all ranks, nothing computed twice.
+    `uncertainty`: relative, one standard deviation of the time; None: not known.
     """
 
     layout: Layout

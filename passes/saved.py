@@ -15,8 +15,8 @@ from torch import fx
 from costmodel.ops import is_view, op_saves
 from passes.costs import Pricing, op_name
 from passes.ir import calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
-from passes.localize import sharding
 from passes.line import result_sharding
+from passes.localize import sharding
 from passes.placement import local_type
 from passes.recompute import Saves
 from passes.shard import Value, value_of
@@ -25,7 +25,7 @@ _ALIASES = frozenset({"copy_to", "own_gradient"})  # reshards whose result is th
 
 
 def formula_saves(graph: fx.Graph, pricing: Pricing, axis_sizes: Mapping[str, int]) -> Saves:
-    """The storages of a localized graph at the sizes of `pricing`. Keys are node names; a call with several results has its first piece's."""
+    """The storages of a localized graph at the sizes of `pricing`. A call with several results goes by its first piece's name."""
     storage: dict[Value, int] = {}
     num_bytes: dict[int, int] = {}
     by_name: dict[str, int] = {}
@@ -58,10 +58,10 @@ def formula_saves(graph: fx.Graph, pricing: Pricing, axis_sizes: Mapping[str, in
         view = name in _ALIASES if is_reshard else is_view(name)
         before = len(num_bytes)
         for index, shape in enumerate(results):
-            source = value_of(sources[0]) if view and sources else None
-            if source is not None and (source in storage or is_state(source[0]) or source[0].op == "placeholder"):
-                if source in storage:
-                    storage[node, index] = storage[source]
+            viewed = value_of(sources[0]) if view and sources else None
+            if viewed is not None and (viewed in storage or is_state(viewed[0]) or viewed[0].op == "placeholder"):
+                if viewed in storage:
+                    storage[node, index] = storage[viewed]
             else:
                 storage[node, index] = new(shape.num_bytes)
         if tensor_type(node) is not None and (node, 0) in storage:

@@ -66,7 +66,7 @@ Users = dict[
     Value, list[tuple[fx.Node, tuple[int, ...]]]
 ]  # of each value: the calls that use it, and in which argument slots
 Pins = Callable[[str, TensorType, Sequence[Placement]], Sequence[Placement]]
-Repeats = Callable[[fx.Node], int]
+Repeats = Callable[[fx.Node], float]
 
 
 def value_of(node: fx.Node) -> Value:
@@ -551,8 +551,8 @@ def shard(
 
     `loss` must come out whole; other results of the model may stay split. `pins(name, type, choices)` narrows a parameter's choices.
     `repeats`: of a folded graph, how many nodes of the model each stands for. `sequence_parallel`: whether values between the matmuls
-    may be split over tokens: False, "auto" (where it is cheaper), True (wherever an op can be). NoLegalSharding if the pins leave no assignment; with `may_regroup` only after values between the matmuls may be
-    split and gathered anywhere.
+    may be split over tokens: False, "auto" (where it is cheaper), True (wherever an op can be). NoLegalSharding if the pins leave no
+    assignment; with `may_regroup` only after values between the matmuls may be split and gathered anywhere.
     """
     given = (module, axis, axis_size, pricing, microbatches, in_flight, loss, pins, sequence_parallel, repeats)
     try:

@@ -30,7 +30,6 @@ from passes.schedules import Schedule
 from passes.timeline import Channel, _steps
 
 _MOST_MICROBATCHES = 4  # played, per rank of the pipeline
-_SHARE: dict[type[Compute], float] = {Forward: 1.0, Backward: 1.0, BackwardInput: 0.5, BackwardWeight: 0.5}
 
 _Slot = tuple[Channel, int, bool]  # of a send: which channel, and which of its sends
 
@@ -77,20 +76,22 @@ class StepTimes:
         ]
 
     def __call__(
-        self, forward: torch.Tensor, backward: torch.Tensor, sends: torch.Tensor, used: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, forward: torch.Tensor, backward: torch.Tensor, sends: torch.Tensor, used: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Seconds of a step, [K], float64.
 
         `forward` and `backward` are [K, stages], of one microbatch. `sends` is [K, stages, stages]: seconds of a transfer from the
         first stage to the second, there; its gradient takes as long back. `used`, like it, of bools: which transfers there are
-        between stages that are not neighbours; None for none.
+        between stages that are not neighbours; None for none. `weight`, like `backward`: how much of the backward is gradients of
+        weights, which some schedules put off; None: half.
         """
         skips = {}
         if used is not None:
             for source, to in used.any(0).nonzero().tolist():
                 if to > source + 1 and self.stage_ranks[source] != self.stage_ranks[to]:
                     skips[source, to] = sends[:, source, to].masked_fill(~used[:, source, to], -torch.inf)
-        found = [_play(program, self.stage_ranks, forward, backward, sends, skips) for program in self._programs]
+        found = [_play(program, self.stage_ranks, forward, backward, sends, skips, weight) for program in self._programs]
         return found[-1] + (found[-1] - found[0]) * (self._further / self.num_ranks)
 
 
@@ -127,16 +128,15 @@ def _play(
     backward: torch.Tensor,
     sends: torch.Tensor,
     skips: Mapping[tuple[int, int], torch.Tensor],
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_ranks = max(stage_ranks) + 1
     zero = torch.zeros(len(forward), dtype=torch.float64)
     now, unfinished = [zero] * num_ranks, [zero] * num_ranks
     arrived: dict[_Slot, torch.Tensor] = {}
-    seconds = {
-        (kind, stage): (forward if kind is Forward else backward)[:, stage] * share
-        for kind, share in _SHARE.items()
-        for stage in range(len(stage_ranks))
-    }
+    weight = backward / 2 if weight is None else weight
+    by_kind = {Forward: forward, Backward: backward, BackwardInput: backward - weight, BackwardWeight: weight}
+    seconds = {(kind, stage): each[:, stage] for kind, each in by_kind.items() for stage in range(len(stage_ranks))}
     moves = {(a, b): sends[:, min(a, b), max(a, b)] for a in range(len(stage_ranks)) for b in range(len(stage_ranks))}
     into: dict[tuple[int, bool], list[tuple[int, torch.Tensor]]] = {}
     for (source, to), times in skips.items():

@@ -1,0 +1,283 @@
+"""One rank's costs of a folded, sharded model, unit by unit: what every layout with the same degrees inside a stage shares.
+
+A `UnitCost` is what one stretch of calls (a layer, or what lies between runs of layers) costs a rank for one microbatch: seconds by
+`passes.line.node_cost`, the expressions that the cut pass uses; bytes kept by `passes.saved`. The middle unit of a run stands for
+`count` layers. Two things are added that plans do not have yet:
+
+- Context parallelism. Each of `cp` ranks has 1/cp of the tokens (the size `T`). A call whose work grows faster than the number of
+  tokens (a product of two activations over tokens, or what is done to its result) costs 1/cp of what it costs for the whole sequence, as
+  when the causal triangle is dealt out evenly; every other one costs what it costs for T/cp tokens. Per product of activations
+  the operands after the first are gathered over the ranks forward, again in backward, and their gradients are scattered back.
+- How much of a backward is gradients of weights, for schedules that put them off: of a product with a weight the half (one of its two
+  products), of everything else nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from passes.costs import Pricing
+from passes.fold import Folded, unit_of
+from passes.ir import calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
+from passes.layout_recompute import (
+    RECOMPUTES,
+    LineCall,
+    bits_of,
+    is_product,
+    is_weight_product,
+    kept_by,
+    selective_runs,
+)
+from passes.line import node_cost, result_sharding
+from passes.localize import sharding
+from passes.placement import local_type
+from passes.recompute import Run, Saves, line_of
+from passes.reshard import collective_seconds
+from passes.saved import formula_saves
+
+TOKENS = "T"  # the size that context parallelism splits
+_GROWS = 1.2  # a call whose cost grows by this much more than its tokens mixes tokens
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """One stretch of calls on one rank, for one microbatch. Compute and collectives apart; `weight_seconds` are part of the backward.
+
+    `kept_bytes` for the backward, `again_bytes` of what exists again while the unit's backward runs, `temporary_bytes` of gradients in
+    passing. `parameters`: elements of this rank's shards used here and nowhere else. `sent_bytes`: what crosses to the next unit.
+    """
+
+    count: int
+    run: int | None
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    weight_seconds: float = 0.0
+    forward_tensor_seconds: float = 0.0
+    backward_tensor_seconds: float = 0.0
+    forward_context_seconds: float = 0.0
+    backward_context_seconds: float = 0.0
+    replay_seconds: float = 0.0
+    replay_tensor_seconds: float = 0.0
+    replay_context_seconds: float = 0.0
+    kept_bytes: float = 0.0
+    again_bytes: float = 0.0
+    temporary_bytes: float = 0.0
+    parameters: int = 0
+    sent_bytes: float = 0.0
+    sent_whole_bytes: float = 0.0  # of it: what every rank of the tensor-parallel axis holds alike
+
+
+@dataclass(frozen=True)
+class SharedParameter:
+    """A parameter that several units use: elements on this rank, and which units."""
+
+    numel: int
+    units: tuple[int, ...]
+
+
+@dataclass
+class RankGraph:
+    """One rank's localized folded graph, with what does not depend on sizes found once."""
+
+    module: fx.GraphModule
+    folded: Folded
+    axis_sizes: Mapping[str, int]
+    nominal: Pricing
+    line: list[LineCall] = field(init=False)
+    spans: list[tuple[int, int]] = field(init=False)  # per unit: first call on the line, end
+    _runs: dict[str, list[list[Run]]] = field(default_factory=dict)
+    _saves: Saves = field(init=False)
+
+    def __post_init__(self) -> None:
+        graph = self.module.graph
+        self._saves = saves = formula_saves(graph, self.nominal, self.axis_sizes)
+        self.line = [
+            LineCall(call.nodes[0], call.made, call.saved, call.used)
+            for call in line_of(graph, saves, self.nominal, self.axis_sizes)
+            if output_types(call.nodes[0])
+        ]
+        # a reshard belongs to the unit whose value it moves; in the line it may come after the next unit's first call
+        self.line.sort(key=lambda call: unit_of(call.node))
+        self.spans = []
+        place = 0
+        for unit in range(len(self.folded.units)):
+            end = place
+            while end < len(self.line) and unit_of(self.line[end].node) == unit:
+                end += 1
+            self.spans.append((place, end))
+            place = end
+
+    def runs(self, recompute: str) -> list[list[Run]]:
+        """Per unit: the runs of calls that are computed again. Only layers, units of runs, have any."""
+        if recompute not in self._runs:
+            layers = [unit.run is not None for unit in self.folded.units]
+            policy = RECOMPUTES[recompute]
+            if policy is None:
+                found = selective_runs(self.module.graph, self._saves, self.nominal, self.axis_sizes, self.spans)
+            else:
+                found = [policy(self.line[start:end]) for start, end in self.spans]
+            self._runs[recompute] = [runs if layer else [] for runs, layer in zip(found, layers, strict=True)]
+        return self._runs[recompute]
+
+    def shared(self) -> list[SharedParameter]:
+        """Parameters that several units use."""
+        return [
+            SharedParameter(self._numel(node), units) for node in self._parameters() if len(units := self._users(node)) > 1
+        ]
+
+    def _parameters(self) -> list[fx.Node]:
+        return [
+            n for n in self.module.graph.nodes if is_state(n) and n.meta.get("kind") == "parameter" and tensor_type(n) is not None
+        ]
+
+    def _users(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(sorted({unit_of(user) for user in node.users}))
+
+    def _numel(self, node: fx.Node) -> int:
+        kind = tensor_type(node)
+        assert kind is not None
+        return self.nominal.num_bytes(local_type(kind, sharding(node), self.axis_sizes)) // kind.dtype.itemsize
+
+    def own_parameters(self) -> list[int]:
+        """Per unit: elements of the parameters that only it uses, of one layer."""
+        found = [0.0] * len(self.folded.units)
+        for node in self._parameters():
+            units = self._users(node)
+            if len(units) == 1:
+                found[units[0]] += self._numel(node) * self.folded.count(node) / self.folded.units[units[0]].count
+        return [round(count) for count in found]
+
+
+def unit_costs(
+    rank: RankGraph, pricing: Pricing, *, recompute: str = "none", replay_all: bool = False, cp: int = 1, context_link: object = None
+) -> list[UnitCost]:
+    """What each unit costs at the sizes of `pricing` (of one microbatch, whole sequence). `context_link`: of the cp axis."""
+    part = pricing
+    if cp > 1:
+        part = replace(pricing, sizes={**pricing.sizes, TOKENS: -(-pricing.sizes[TOKENS] // cp)}, _numbers={})
+    priced = [_priced(call.node, pricing, part, rank.axis_sizes, cp, context_link) for call in rank.line]
+    num_bytes = _storage_bytes(rank, pricing, part, cp)
+    parameters = rank.own_parameters()
+    crossing = _crossing(rank, part)
+    seen = 0
+    found: list[UnitCost] = []
+    for index, unit in enumerate(rank.folded.units):
+        start, end = rank.spans[index]
+        listed = rank.line[start:end]
+        kept = kept_by(listed, rank.runs(recompute)[index], replay_all=replay_all)
+        mine = kept.kept & ~seen
+        seen |= mine
+        times = priced[start:end]
+        replays = [times[k] for k in kept.replayed]
+        found.append(
+            UnitCost(
+                unit.count, unit.run,
+                sum(t.forward for t in times), sum(t.backward for t in times), sum(t.weight for t in times),
+                sum(t.tensor_forward for t in times), sum(t.tensor_backward for t in times),
+                sum(t.context_forward for t in times), sum(t.context_backward for t in times),
+                sum(t.forward for t in replays), sum(t.tensor_forward for t in replays), sum(t.context_forward for t in replays),
+                float(sum(num_bytes[k] for k in bits_of(mine))), float(sum(num_bytes[k] for k in bits_of(kept.again))),
+                max((t.temporary for t in times), default=0.0), parameters[index], *crossing[index],
+            )
+        )  # fmt: skip
+    return found
+
+
+@dataclass(frozen=True)
+class _Priced:
+    forward: float = 0.0
+    backward: float = 0.0
+    weight: float = 0.0
+    tensor_forward: float = 0.0
+    tensor_backward: float = 0.0
+    context_forward: float = 0.0
+    context_backward: float = 0.0
+    temporary: float = 0.0
+
+
+def _priced(
+    node: fx.Node, pricing: Pricing, part: Pricing, axis_sizes: Mapping[str, int], cp: int, context_link: object
+) -> _Priced:
+    cost = node_cost(node, part, axis_sizes, set())
+    if node.meta.get("reshard"):
+        return _Priced(tensor_forward=cost.forward_seconds, tensor_backward=cost.backward_seconds)
+    forward, backward = cost.forward_seconds, cost.backward_seconds
+    gathers = scatters = 0.0
+    if cp > 1:
+        whole = node_cost(node, pricing, axis_sizes, set())
+        if whole.forward_seconds > _GROWS * cp * forward or (is_product(node) and _grows(node, pricing, part, axis_sizes, cp)):
+            forward, backward = whole.forward_seconds / cp, whole.backward_seconds / cp
+        if is_product(node):
+            moved = sum(
+                pricing.num_bytes(local_type(kind, sharding(source), axis_sizes))
+                for source in tensor_inputs(node)[1:]
+                if is_trainable(source) and (kind := tensor_type(source)) is not None
+            )
+            gathers = collective_seconds("all_gather", num_bytes=moved, axis_size=cp, link=context_link)  # type: ignore[arg-type]
+            scatters = collective_seconds("reduce_scatter", num_bytes=moved, axis_size=cp, link=context_link)  # type: ignore[arg-type]
+    weight = 0.0
+    if is_weight_product(node):
+        trained = [source for source in tensor_inputs(node) if is_trainable(source)]
+        products = [source for source in trained if len(getattr(tensor_type(source), "shape", ())) > 1]
+        weight = backward * sum(map(is_state, products)) / max(len(products), 1)
+    temporary = 0.0
+    if is_trainable(node):
+        sources = [s for s in tensor_inputs(node) if is_trainable(s) and not is_state(s)]
+        local = [local_type(kind, sharding(s), axis_sizes) for s in sources if (kind := tensor_type(s)) is not None]
+        results = [kind for kind in output_types(node) if kind.is_floating]
+        local += [local_type(kind, result_sharding(node, k), axis_sizes) for k, kind in enumerate(results)]
+        temporary = float(sum(map(part.num_bytes, local)))
+    return _Priced(forward, backward, weight, context_forward=gathers, context_backward=gathers + scatters, temporary=temporary)
+
+
+def _grows(node: fx.Node, pricing: Pricing, part: Pricing, axis_sizes: Mapping[str, int], cp: int) -> bool:
+    """True if a product's result, or what it contracts, has more elements than its share of tokens."""
+
+    def size(at: Pricing) -> int:
+        kinds = [tensor_type(source) for source in tensor_inputs(node)]
+        tokens = 1
+        for kind in kinds:
+            if kind is not None:
+                tokens *= max(at.num_bytes(kind), 1)
+        return tokens
+
+    return size(pricing) > _GROWS * cp * size(part)
+
+
+def _storage_bytes(rank: RankGraph, pricing: Pricing, part: Pricing, cp: int) -> list[float]:
+    graph, axes = rank.module.graph, rank.axis_sizes
+    parts = formula_saves(graph, part, axes).num_bytes
+    if cp == 1:
+        return [float(parts[k]) for k in range(len(parts))]
+    wholes = formula_saves(graph, pricing, axes).num_bytes
+    return [
+        wholes[k] / cp if wholes[k] > _GROWS * cp * parts[k] else float(parts[k]) for k in range(len(parts))
+    ]
+
+
+def _crossing(rank: RankGraph, part: Pricing) -> list[tuple[float, float]]:
+    """Per unit: bytes of the values that it or an earlier unit made and a later one uses; and of those, whole on every rank."""
+    sums = [[0.0, 0.0] for _ in rank.folded.units]
+    for node in calls(rank.module.graph):
+        kind = tensor_type(node)
+        if kind is None or not is_trainable(node) or node.meta.get("reshard"):
+            continue
+        last = max((unit_of(user) for user in _final_users(node)), default=-1)
+        num_bytes = part.num_bytes(local_type(kind, sharding(node), rank.axis_sizes))
+        for unit in range(unit_of(node), min(last, len(sums))):
+            sums[unit][0] += num_bytes
+            sums[unit][1] += num_bytes * (not sharding(node))
+    return [(total, whole) for total, whole in sums]
+
+
+def _final_users(node: fx.Node) -> Sequence[fx.Node]:
+    """Users, looking through the reshards of the value."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        if user.op == "output":
+            continue
+        found += [u for u in user.users if u.op != "output"] if user.meta.get("reshard") else [user]
+    return found

@@ -1,0 +1,117 @@
+"""Whole blocks dealt out to stages: the most even cut, and what each stage of it costs a rank.
+
+The model is a row of units (`passes.layout_rows`), a middle one repeated as often as it stands for. `even_cut` finds the least possible
+maximum of the stages' seconds and, among cuts within SLACK of it, the one with the least squared distance from the mean: the aim of
+`passes.cut`, at the places between blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from costmodel.errors import BadArgument, TooManyStages
+from passes.layout_rows import SharedParameter, UnitCost
+
+SLACK = 1.01
+
+
+def expanded(units: Sequence[UnitCost]) -> list[int]:
+    """The unit of every block of the model, in order."""
+    return [index for index, unit in enumerate(units) for _ in range(unit.count)]
+
+
+def even_cut(seconds: Sequence[float], num_stages: int) -> tuple[int, ...]:
+    """How many blocks each stage takes. TooManyStages if there are fewer blocks than stages."""
+    count = len(seconds)
+    if num_stages > count:
+        raise TooManyStages(
+            f"cannot cut the model into {num_stages} pipeline stages of whole blocks", why=f"it has {count} blocks",
+            use=f"pp * virtual_stages <= {count}",
+        )  # fmt: skip
+    if num_stages == 1:
+        return (count,)
+    sums = torch.cat([torch.zeros(1, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64).cumsum(0)])
+    table = (sums.unsqueeze(0) - sums.unsqueeze(1)).masked_fill(
+        ~torch.ones(count + 1, count + 1, dtype=torch.bool).triu(1), float("inf")
+    )
+    best = table[0]
+    for _ in range(num_stages - 1):
+        best = torch.maximum(best.unsqueeze(1), table).amin(0)
+    bottleneck = float(best[-1])
+    mean = float(sums[-1]) / num_stages
+    price = ((table - mean) ** 2).masked_fill(table > bottleneck * SLACK, float("inf"))
+    total = torch.full((count + 1,), float("inf"), dtype=torch.float64)
+    total[0] = 0.0
+    choices = []
+    for _ in range(num_stages):
+        total, choice = (total.unsqueeze(1) + price).min(0)
+        choices.append(choice)
+    ends = [count]
+    for choice in reversed(choices):
+        ends.append(int(choice[ends[-1]]))
+    ends.reverse()
+    return tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class StageSums:
+    """One stage on one rank, for one microbatch: sums over its blocks, and the largest of what only one block at a time has."""
+
+    forward_seconds: float
+    backward_seconds: float  # without replays
+    weight_seconds: float
+    replay_seconds: float
+    forward_tensor_seconds: float
+    backward_tensor_seconds: float
+    replay_tensor_seconds: float
+    forward_context_seconds: float
+    backward_context_seconds: float
+    replay_context_seconds: float
+    kept_bytes: float
+    again_bytes: float
+    temporary_bytes: float
+    parameters: int
+    largest_block_parameters: int
+    sent_bytes: float  # to the next stage
+    sent_whole_bytes: float
+    block_counts: tuple[tuple[int, int], ...]  # (unit, how many of it)
+
+
+_SUMS = (
+    "forward_seconds", "backward_seconds", "weight_seconds", "replay_seconds", "forward_tensor_seconds", "backward_tensor_seconds",
+    "replay_tensor_seconds", "forward_context_seconds", "backward_context_seconds", "replay_context_seconds", "kept_bytes",
+)  # fmt: skip
+
+
+def stage_sums(
+    units: Sequence[UnitCost], shared: Sequence[SharedParameter], blocks: Sequence[int]
+) -> list[StageSums]:
+    """What the stages cost that take so many blocks each, in order. BadArgument if they do not take all of them."""
+    order = expanded(units)
+    if sum(blocks) != len(order) or min(blocks) < 1:
+        raise BadArgument(f"stages of {', '.join(map(str, blocks))} blocks", why=f"the model has {len(order)}", use="as many in sum")
+    found = []
+    place = 0
+    for taken in blocks:
+        counts: dict[int, int] = {}
+        for unit in order[place : place + taken]:
+            counts[unit] = counts.get(unit, 0) + 1
+        place += taken
+        sums = {name: sum(getattr(units[u], name) * n for u, n in counts.items()) for name in _SUMS}
+        own = sum(units[u].parameters * n for u, n in counts.items())
+        tied = sum(each.numel for each in shared if any(unit in counts for unit in each.units))
+        last = place == len(order)
+        end = units[order[place - 1]]
+        found.append(
+            StageSums(
+                **sums,
+                again_bytes=max(units[u].again_bytes for u in counts), temporary_bytes=max(units[u].temporary_bytes for u in counts),
+                parameters=own + tied, largest_block_parameters=max(units[u].parameters for u in counts),
+                sent_bytes=0.0 if last else end.sent_bytes, sent_whole_bytes=0.0 if last else end.sent_whole_bytes,
+                block_counts=tuple(counts.items()),
+            )
+        )  # fmt: skip
+    return found

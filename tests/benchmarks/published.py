@@ -1,0 +1,322 @@
+"""Predictions beside published measurements: `python tests/benchmarks/published.py [FILE] [--json] [--rows] [--suite NAME] [--cache DIR]`.
+
+FILE is JSON (a list of records) or the CSV beside this script (the default), whose rows carry their sources. Every record's model is built
+as an ordinary module on the meta device at full depth, traced once per distinct model (folded graphs are kept in the cache folder) and
+predicted as any user's model is. Printed per suite: n, MAPE and bias of the step time, MAPE of memory, false "fits" and false "does not
+fit"; over rows that share a `group`: Kendall's tau and the regret of the first choice.
+
+What a record says of software becomes an option of the layout (`layout_of`), by the same rules for every suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autopar.trace import trace
+from costmodel.errors import AutoparError
+from costmodel.hardware import HARDWARE, Hardware
+from passes.fold import Folded, fold
+from passes.folded_json import folded_from_json, folded_to_json
+from passes.layout import Layout, LayoutPrediction
+from passes.layout_evaluator import Evaluator
+from passes.loss import weigh_loss
+from tests.benchmarks.published_models import Shape, built
+
+Record = Mapping[str, Any]
+HERE = Path(__file__).resolve().parent
+SCHEDULES = {"none": "1f1b", "zb-1p": "zb-h1", "zb-2p": "zb-h2"}
+RECOMPUTES = {"full": "full", "selective": "products", "selective(op)": "alternate"}
+COLUMNS = (
+    "id", "suite", "model", "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "mlp_matrices", "seq_len", "gpu", "gpu_mem_GB",
+    "n_gpus", "gpus_per_node", "tp", "pp", "dp", "cp", "ep", "vpp", "zero", "micro_batch", "global_batch", "schedule", "recompute",
+    "sequence_parallel", "precision", "attention", "activation_cpu_offload", "step_time_s", "peak_mem_GB", "oom", "mem_unit", "group",
+    "notes", "table", "source",
+)  # fmt: skip
+
+
+# ---- records ------------------------------------------------------------------------------------------------------------
+
+
+def records_of(path: Path) -> list[Record]:
+    """The records of a JSON or CSV file, measured values under their plain names."""
+    if path.suffix == ".csv":
+        with path.open(newline="") as file:
+            return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    return [_flat(record) for record in json.loads(path.read_text())]
+
+
+def _value(text: str) -> Any:
+    if text in ("", "True", "False"):
+        return {"": None, "True": True, "False": False}[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _flat(record: Record) -> Record:
+    measured, derived = record.get("measured") or {}, record.get("derived") or {}
+    seconds = measured.get("step_time_s") or derived.get("step_time_s")
+    if seconds is None and measured.get("tokens_per_s_per_gpu"):
+        tokens = (record.get("global_batch") or 0) * (record.get("seq_len") or 0)
+        seconds = tokens / measured["tokens_per_s_per_gpu"] / (record.get("n_gpus") or 1) or None
+    return {**record, "step_time_s": seconds, "peak_mem_GB": measured.get("peak_mem_GB"), "oom": measured.get("oom")}
+
+
+def write_csv(records: Sequence[Record], path: Path) -> None:
+    """The columns that predictions and comparisons need, and where each row is from."""
+    with path.open("w", newline="") as file:
+        rows = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        rows.writeheader()
+        rows.writerows({key: record.get(key) for key in COLUMNS} for record in records)
+
+
+def _says(record: Record, *words: str) -> bool:
+    text = " ".join(str(record.get(key) or "") for key in ("notes", "table", "gpu", "attention", "precision")).lower()
+    return any(word in text for word in words)
+
+
+# ---- what a record means --------------------------------------------------------------------------------------------------
+
+
+def shape_of(record: Record) -> Shape:
+    """The model. Null dimensions get what is usual: 50,304 tokens of vocabulary, four times the width."""
+    hidden, heads = record["hidden"], record["heads"]
+    gated = record.get("mlp_matrices") == 3
+    flash = not _says(record, "unfused") and (
+        _says(record, "flash", "sdpa", "cudnn", "fused") or "H100" in str(record.get("gpu")) or gated
+    )
+    fp16 = str(record.get("precision") or "fp16").startswith("fp16")
+    return Shape(
+        record["layers"], hidden, record.get("ffn_hidden") or 4 * hidden, heads, record.get("kv_heads") or heads,
+        record.get("vocab") or 50304, gated, flash, 0.0 if flash else 0.1, torch.float16 if fp16 else torch.bfloat16, not gated,
+    )  # fmt: skip
+
+
+def hardware_of(record: Record) -> Hardware:
+    """The profile of the record's GPU and fabric."""
+    gpu, memory = str(record.get("gpu") or "").lower(), record.get("gpu_mem_GB") or 80
+    fabric = "-omnipath" if _says(record, "omnipath", "omni-path", "opa") else "-roce" if _says(record, "roce") else ""
+    if "v100" in gpu:
+        name = "v100-16gb" if memory <= 16 else "v100-32gb-omnipath" if record.get("gpus_per_node") == 4 else "v100-32gb"
+    elif "a100" in gpu:
+        name = f"a100-{'40' if memory <= 40 else '80'}gb" + (fabric or ("-4nic" if _says(record, "800 gbps") else ""))
+    elif "h100" in gpu:
+        name = "h100-96gb" if memory > 90 else "h100-sxm"
+    else:
+        name = next((known for known in ("gb200", "b200", "gh200", "h200", "l40s") if known in gpu), "")
+        name = name or ("rtx-4090" if "4090" in gpu else "a100-80gb")
+    return HARDWARE[name if name in HARDWARE else name.rsplit("-", 1)[0]]
+
+
+def layout_of(record: Record, folded: Folded) -> Layout:
+    """The record's layout. ZeRO 3 runs under FSDP, which overlaps its traffic and replays only what backward needs; other jobs are
+    Megatron's kind: they replay whole layers and, unless the record says so, overlap nothing.
+    """
+    tp, pp, cp = (record.get(key) or 1 for key in ("tp", "pp", "cp"))
+    dp = record.get("dp") or max(1, (record.get("n_gpus") or 1) // (tp * pp * cp))
+    virtual, zero = record.get("vpp") or 1, record.get("zero") or 0
+    rows, batch = record.get("micro_batch") or 1, record.get("global_batch") or dp
+    sharded = zero == 3
+    schedule = str(record.get("schedule") or "none")
+    text = str(record.get("precision") or "fp16")
+    precision = next((name for name in ("fp8", "bf16", "fp16", "fp32") if text.startswith(name)), "bf16")
+    overlap = {"dp", "cp"} if sharded else {"dp", "cp", "tp"} if _says(record, "overlap on", "overlap (user") else set()
+    return Layout(
+        tp=tp, cp=cp, dp=dp, pp=pp, virtual_stages=virtual if pp > 1 else 1,
+        schedule=SCHEDULES.get(schedule, schedule) if pp > 1 else "1f1b", microbatch_rows=rows, microbatches=max(1, batch // (rows * dp)),
+        zero=zero, recompute=RECOMPUTES.get(str(record.get("recompute")), "none"), replay_all=not sharded,
+        sequence_parallel=bool(record.get("sequence_parallel")), precision=precision, overlap=frozenset(overlap),
+        blocks=blocks_of(folded, record["layers"], pp * virtual if pp > 1 else 1), offload=bool(record.get("activation_cpu_offload")),
+        split_sends=tp > 1,
+    )  # fmt: skip
+
+
+def blocks_of(folded: Folded, layers: int, num_stages: int) -> tuple[int, ...] | None:
+    """Layers dealt out as these jobs do: equal numbers; else one fewer for the first and last; else the last is short."""
+    runs = [unit for unit in folded.units if unit.run is not None]
+    if num_stages == 1 or sum(unit.count for unit in runs) != layers:
+        return None
+    if layers % num_stages == 0:
+        dealt = [layers // num_stages] * num_stages
+    elif (layers + 2) % num_stages == 0:
+        each = (layers + 2) // num_stages
+        dealt = [each - 1, *[each] * (num_stages - 2), each - 1]
+    else:
+        each = -(-layers // num_stages)
+        dealt = [each] * (num_stages - 1) + [layers - each * (num_stages - 1)]
+    first = folded.units.index(runs[0])
+    dealt[0] += first
+    dealt[-1] += len(folded.units) - first - len(runs)
+    return tuple(dealt) if min(dealt) > 0 else None
+
+
+# ---- predictions ------------------------------------------------------------------------------------------------------------
+
+
+class Predictor:
+    """Predictions of records; models are traced once and kept, folded, in `cache`."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        cache.mkdir(parents=True, exist_ok=True)
+        self._folded: dict[Shape, Folded] = {}
+        self._evaluators: dict[Any, Evaluator] = {}
+
+    def folded(self, shape: Shape, tokens: int) -> Folded:
+        """The folded graph of a model, traced at full depth; its sequence length is symbolic."""
+        if shape not in self._folded:
+            source = (HERE / "published_models.py").read_bytes()
+            key = hashlib.sha256(repr(astuple(shape)).encode() + source).hexdigest()[:20]
+            path = self.cache / f"{key}.json"
+            if not path.exists():
+                model, batch = built(shape, tokens)
+                traced = trace(model, (), batch)
+                found = fold(weigh_loss(traced.graph_module, traced.loss).module)
+                path.write_text(json.dumps(folded_to_json(found)))
+            self._folded[shape] = folded_from_json(json.loads(path.read_text()))
+        return self._folded[shape]
+
+    def predict(self, record: Record) -> LayoutPrediction:
+        """AutoparError where the record's layout cannot be."""
+        shape, profile = shape_of(record), hardware_of(record)
+        folded = self.folded(shape, record["seq_len"])
+        key = (shape, profile.name, record["seq_len"])
+        if key not in self._evaluators:
+            self._evaluators[key] = Evaluator(folded, {"B": 2, "T": record["seq_len"]}, profile)
+        return self._evaluators[key].predict(layout_of(record, folded), exact=True)
+
+
+def memory_GB(record: Record, found: LayoutPrediction) -> float:
+    """The predicted memory in the terms of the record's unit."""
+    unit = str(record.get("mem_unit") or "").lower()
+    if "nvidia-smi" in unit:
+        return found.memory.device_bytes / 2**30
+    if "1e9" in unit:
+        return found.memory.allocated_bytes / 1e9
+    return (found.memory.reserved_bytes if unit == "gib" else found.memory.allocated_bytes) / 2**30
+
+
+# ---- comparison ---------------------------------------------------------------------------------------------------------------
+
+
+def kendall(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Kendall's tau-a of (predicted, measured); None if no two differ."""
+    signs = [
+        ((a[0] > b[0]) - (a[0] < b[0])) * ((a[1] > b[1]) - (a[1] < b[1])) for a, b in itertools.combinations(pairs, 2) if a[1] != b[1]
+    ]
+    return sum(signs) / len(signs) if signs else None
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of some predicted rows."""
+    timed = [(row["predicted_s"] / row["measured_s"] - 1) for row in rows if row["measured_s"] and row["predicted_s"]]
+    held = [(row["predicted_GB"] / row["measured_GB"] - 1) for row in rows if row["measured_GB"] and row["predicted_GB"]]
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["group"] and row["measured_s"] and row["predicted_s"]:
+            groups.setdefault(row["group"], []).append((row["predicted_s"], row["measured_s"]))
+    choices = [pairs for pairs in groups.values() if len(pairs) > 1]
+    taus = [tau for pairs in choices if (tau := kendall(pairs)) is not None]
+    regrets = [min(pairs)[1] / min(measured for _, measured in pairs) - 1 for pairs in choices]
+    return {
+        "n": len(rows), "timed": len(timed), "time_mape": _mean(map(abs, timed)), "time_bias": _mean(timed), "with_memory": len(held),
+        "memory_mape": _mean(map(abs, held)), "memory_bias": _mean(held),
+        "false_fits": sum(bool(row["oom"]) and row["fits"] is True for row in rows),
+        "false_misfits": sum(not row["oom"] and row["fits"] is False for row in rows),
+        "groups": len(choices), "tau": _mean(taus), "regret_median": statistics.median(regrets) if regrets else None,
+        "regret_worst": max(regrets, default=None), "failed": sum(row["error"] is not None for row in rows),
+    }  # fmt: skip
+
+
+def _mean(values: Any) -> float | None:
+    listed = list(values)
+    return statistics.fmean(listed) if listed else None
+
+
+def row_of(record: Record, predictor: Predictor) -> dict[str, Any]:
+    """One record beside its prediction."""
+    row = {
+        "id": record.get("id"), "suite": record.get("suite") or "-", "measured_s": record.get("step_time_s"),
+        "measured_GB": record.get("peak_mem_GB"), "oom": record.get("oom"), "group": record.get("group"), "error": None,
+        "predicted_s": None, "predicted_GB": None, "fits": None,
+    }  # fmt: skip
+    try:
+        found = predictor.predict(record)
+    except (AutoparError, KeyError, TypeError) as error:
+        return {**row, "error": f"{type(error).__name__}: {error}"}
+    return {
+        **row, "predicted_s": found.step_seconds, "predicted_GB": memory_GB(record, found), "fits": found.fits,
+        "bubble": found.bubble_fraction, "exposed": dict(found.exposed_seconds), "optimizer_s": found.optimizer_seconds,
+    }  # fmt: skip
+
+
+def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures as text."""
+    heads = ("suite", "n", "time MAPE", "bias", "memory MAPE", "false fits", "false misfits", "tau", "regret median", "worst", "failed")
+    lines = [heads]
+    for suite, each in figures.items():
+        lines.append((
+            suite, str(each["n"]), _percent(each["time_mape"]), _percent(each["time_bias"], "+"), _percent(each["memory_mape"]),
+            str(each["false_fits"]), str(each["false_misfits"]), "" if each["tau"] is None else f"{each['tau']:.2f}",
+            _percent(each["regret_median"]), _percent(each["regret_worst"]), str(each["failed"]),
+        ))  # fmt: skip
+    widths = [max(len(line[k]) for line in lines) for k in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.1%}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("file", nargs="?", type=Path, default=HERE / "published.csv")
+    parser.add_argument("--json", action="store_true", help="figures and rows as JSON")
+    parser.add_argument("--rows", action="store_true", help="every row")
+    parser.add_argument("--suite", help="only this suite")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "autopar-published", help="folder of folded graphs")
+    parser.add_argument("--write-csv", type=Path, help="write the records as CSV and stop")
+    options = parser.parse_args(argv)
+    records = [r for r in records_of(options.file) if options.suite in (None, r.get("suite"))]
+    if options.write_csv:
+        write_csv(records, options.write_csv)
+        return 0
+    predictor = Predictor(options.cache)
+    rows = []
+    for index, record in enumerate(records):
+        rows.append(row_of(record, predictor))
+        if sys.stderr.isatty():
+            print(f"\r{index + 1} of {len(records)}", end="", file=sys.stderr)
+    suites = list(dict.fromkeys(row["suite"] for row in rows))
+    figures = {suite: compared([row for row in rows if row["suite"] == suite]) for suite in suites}
+    figures["all"] = compared(rows)
+    if options.json:
+        print(json.dumps({"figures": figures, "rows": rows}, indent=1))
+        return 0
+    if options.rows:
+        for row in rows:
+            ratio = row["predicted_s"] / row["measured_s"] if row["predicted_s"] and row["measured_s"] else None
+            held = f"{row['predicted_GB']:.1f} of {row['measured_GB']}" if row["measured_GB"] and row["predicted_GB"] else ""
+            print(row["id"], "" if ratio is None else f"{ratio:.3f}", held, row["error"] or "", "OOM" if row["oom"] else "", row["fits"])
+    print(table(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,12 +6,13 @@ results, as a model's are, the efficiency; tiny ops with gradients give what a c
 between threads of this process (NCCL between GPUs) at several sizes and axis sizes give each link's latency and bandwidth, by least squares
 in the formula that prices them.
 
-On a CPU the ranks of a job share the cores. So compute is measured on one thread, alone and with as many others at the same work as there
-are cores, and the profile has the mean: what a rank of a full machine and one of an idle machine take differ by less than either by itself.
+On a CPU the ranks of a job share the cores, caches and memory. So everything is measured on one thread alone, and the compute again
+beside as many others at the same work as there are cores: `Hardware.shared_rate` is the geometric mean of the ratios.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -30,19 +31,21 @@ from autopar.runtime.board import Board
 from autopar.runtime.world import World
 from costmodel.hardware import HARDWARE, Hardware, Kernels, Link
 from costmodel.hardware import hardware as hardware_named
+from costmodel.ops import TensorShape, op_cost
 
 Progress = Callable[[str], None]
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64, "f16": torch.float16}
 # rows, columns, contracted dim of matrix products: what layers of small and of large models do
 _SHAPES = {
-    "cpu": ((512, 480, 160), (512, 640, 160), (512, 160, 640), (1024, 1024, 256), (1024, 1024, 1024), (2048, 2048, 1024)),
+    "cpu": ((512, 480, 160), (2048, 640, 160), (2048, 160, 640), (1024, 1024, 256), (1024, 1024, 1024), (2048, 2048, 512)),
     "cuda": ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (4096, 12288, 4096), (8192, 28672, 8192), (2048, 512, 8192)),
 }
-_STREAM_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+_STREAM_BYTES = {"cpu": 2**25, "cuda": 2**30}
 _COLLECTIVE_BYTES = {"cpu": (2**10, 2**16, 2**20, 2**23), "cuda": (2**12, 2**16, 2**20, 2**24, 2**28)}
 _SECONDS = {"cpu": 0.15, "cuda": 0.1}  # a measurement goes on for about so long
 _LEAST_RUNS = 5
-_TIMEOUT_SECONDS = 30.0
+_COPIES = 12  # of what an op works on, in turns: in a model no op finds its operands where it left them, in the nearest cache
+_TIMEOUT_SECONDS = 30.0  # of a collective
 
 
 def calibrate(device: torch.device | str | None = None, *, name: str | None = None, progress: Progress = lambda text: None) -> Hardware:
@@ -59,17 +62,21 @@ def calibrate(device: torch.device | str | None = None, *, name: str | None = No
 def _calibrated(place: torch.device, name: str | None, progress: Progress) -> Hardware:
     kind = place.type
     cores = max(os.cpu_count() or 1, 1) if kind == "cpu" else 1
+    meter = Meter(place, cores)
     peaks: dict[str, float] = {}
     efficiencies: dict[str, float] = {}
     for dtype, torch_dtype in _DTYPES.items():
         progress(f"matrix products in {dtype}")
-        rates = _matmul_rates(torch_dtype, place, cores, _SHAPES[kind] if dtype in ("f32", "bf16") else _SHAPES[kind][3:5])
+        shapes = _SHAPES[kind] if dtype in ("f32", "bf16") else _SHAPES[kind][3:5]
+        rates = _matmul_rates(torch_dtype, meter, shapes, shared=dtype == "f32")
         if rates:
             peaks[dtype], efficiencies[dtype] = max(rates), statistics.median(rates) / max(rates)
+    progress("attention")
+    attention = _attention_efficiencies(meter, peaks["f32"])
     progress("memory")
-    bandwidth, fresh = _bandwidths(place, cores)
+    bandwidth, layers = _bandwidths(meter)
     progress("launches")
-    launch = _launch_seconds(place, cores)
+    launch = _launch_seconds(meter)
     ranks = 2 if kind == "cpu" else torch.cuda.device_count()
     progress("collectives")
     inside, how = _link(place, ranks)
@@ -86,20 +93,28 @@ def _calibrated(place: torch.device, name: str | None, progress: Progress) -> Ha
         memory_bandwidth_bytes_per_second=bandwidth,
         launch_seconds=launch,
         matmul_efficiency=main,
-        memory_efficiency=min(fresh / bandwidth, 1.0),
+        memory_efficiency=min(layers / bandwidth, 1.0),
         inside=inside,
         across=across,
         devices_per_node=devices,
-        kernels=replace(base.kernels, dtype_efficiency={k: v for k, v in efficiencies.items() if k != "f32"}) if kind == "cuda"
-        else Kernels(dtype_efficiency={k: v for k, v in efficiencies.items() if k != "f32"}),
+        kernels=replace(
+            base.kernels if kind == "cuda" else Kernels(),
+            dtype_efficiency={dtype: value for dtype, value in efficiencies.items() if dtype != "f32"},
+            **({} if kind == "cuda" else attention),
+        ),
+        shared_rate=meter.shared_rate,
+        sharing_ranks=cores,
         basis="calibrated",
         sources={
-            "peak_flops": f"{measured}: the best of {len(_SHAPES[kind])} matrix products by dtype" + _sharing(kind, cores),
+            "peak_flops": f"{measured}: the best of {len(_SHAPES[kind])} matrix products by dtype, forward and backward",
             "matmul_efficiency": f"{measured}: the median of the same products over the best",
-            "kernels": f"{measured}: dtype_efficiency, as matmul_efficiency; " + ("the rest of " + base.name if kind == "cuda" else "no tiles"),
+            "kernels": f"{measured}: dtype_efficiency as matmul_efficiency"
+            + (f", the rest as the {base.name} profile" if kind == "cuda" else ", attention on 16 x 4 heads of 128 x 40; no tiles"),
+            "shared_rate": f"{measured}: the same work alone and beside {cores - 1} other threads, geometric mean of the ratios",
+            "sharing_ranks": "the cores" if kind == "cpu" else "a rank has a GPU of its own",
             "memory_bytes": f"{today}: " + ("torch.cuda.mem_get_info" if kind == "cuda" else "the machine's memory over its cores"),
-            "memory_bandwidth_bytes_per_second": f"{measured}: add(x, y, out=z), {_STREAM_BYTES[kind] >> 20} MiB each" + _sharing(kind, cores),
-            "memory_efficiency": f"{measured}: x + y with fresh results of 2 MiB, over the bandwidth",
+            "memory_bandwidth_bytes_per_second": f"{measured}: add(x, y, out=z), {_STREAM_BYTES[kind] >> 20} MiB each",
+            "memory_efficiency": f"{measured}: layer_norm, gelu and add with backward, as costmodel.ops counts bytes",
             "launch_seconds": f"{measured}: additions and linears of 16 elements with their backward, a call",
             "inside": f"{measured}: {how}",
             "across": f"not measured: as the {base.name} profile",
@@ -107,10 +122,6 @@ def _calibrated(place: torch.device, name: str | None, progress: Progress) -> Ha
             "basis": measured,
         },
     )  # fmt: skip
-
-
-def _sharing(kind: str, cores: int) -> str:
-    return f"; one thread, the mean of alone and beside {cores - 1} others at the same work" if kind == "cpu" and cores > 1 else ""
 
 
 def _machine(place: torch.device) -> str:
@@ -149,8 +160,9 @@ def _nearest(place: torch.device) -> Hardware:
 
 
 def seconds_of(work: Callable[[], Any], place: torch.device) -> float:
-    """The median time of a call, after one to warm up."""
-    work()
+    """The median time of a call, after some to warm up."""
+    for _ in range(3):
+        work()
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < _LEAST_RUNS or time.perf_counter() - begin < _SECONDS[place.type]:
@@ -168,73 +180,138 @@ def seconds_of(work: Callable[[], Any], place: torch.device) -> float:
     return statistics.median(times)
 
 
-def _shared_seconds(make: Callable[[], Callable[[], Any]], place: torch.device, cores: int) -> float:
-    """The mean of a call's time alone and beside `cores` - 1 threads at the same work, each on its own data."""
-    alone = seconds_of(make(), place)
-    if cores == 1:
+class Meter:
+    """Times work on one thread; on a CPU also beside others at the same work, for `shared_rate`."""
+
+    def __init__(self, place: torch.device, cores: int) -> None:
+        self.place, self.cores = place, cores
+        self._ratios: list[float] = []
+
+    @property
+    def shared_rate(self) -> float:
+        """What a thread keeps of its rate beside the others; 1 where nothing is shared."""
+        return min(statistics.geometric_mean(self._ratios), 1.0) if self._ratios else 1.0
+
+    def __call__(self, make: Callable[[], Callable[[], Any]], shared: bool = True) -> float:
+        """Seconds of a call of the work that `make` gives, alone."""
+        alone = seconds_of(_in_turns(make), self.place)
+        if shared and self.cores > 1:
+            self._ratios.append(alone / self._beside(make))
         return alone
-    stop = threading.Event()
 
-    def others() -> None:
-        torch.set_num_threads(1)
-        work = make()
-        while not stop.is_set():
-            work()
+    def _beside(self, make: Callable[[], Callable[[], Any]]) -> float:
+        stop = threading.Event()
 
-    threads = [threading.Thread(target=others, daemon=True) for _ in range(cores - 1)]
-    for thread in threads:
-        thread.start()
-    try:
-        beside = seconds_of(make(), place)
-    finally:
-        stop.set()
+        def others() -> None:
+            torch.set_num_threads(1)
+            work = _in_turns(make)
+            while not stop.is_set():
+                work()
+
+        threads = [threading.Thread(target=others, daemon=True) for _ in range(self.cores - 1)]
         for thread in threads:
-            thread.join()
-    return (alone + beside) / 2
+            thread.start()
+        try:
+            return seconds_of(_in_turns(make), self.place)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
 
 
-def _matmul_rates(dtype: torch.dtype, place: torch.device, cores: int, shapes: Sequence[tuple[int, int, int]]) -> list[float]:
-    """FLOPs a second by shape; none where the device has no such product."""
+def _in_turns(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """The work on several copies of its data, one a call."""
+    each = itertools.cycle([make() for _ in range(_COPIES)])
+    return lambda: next(each)()
+
+
+def _trained(result: torch.Tensor, gradient: torch.Tensor, *leaves: torch.Tensor) -> None:
+    result.backward(gradient)
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def _matmul_rates(dtype: torch.dtype, meter: Meter, shapes: Sequence[tuple[int, int, int]], *, shared: bool) -> list[float]:
+    """FLOPs a second of a linear's forward and backward by shape; none where the device has no such product."""
     rates = []
     for m, n, k in shapes:
 
         def make(m: int = m, n: int = n, k: int = k) -> Callable[[], Any]:
-            x, weight = (torch.randn(rows, k, device=place).to(dtype) for rows in (m, n))
-            return lambda: torch.nn.functional.linear(x, weight)
+            x, weight = (torch.randn(rows, k, device=meter.place).to(dtype).requires_grad_() for rows in (m, n))
+            gradient = torch.randn(m, n, device=meter.place).to(dtype)
+            return lambda: _trained(torch.nn.functional.linear(x, weight), gradient, x, weight)
 
         try:
-            rates.append(2.0 * m * n * k / _shared_seconds(make, place, cores))
+            rates.append(6.0 * m * n * k / meter(make, shared))
         except RuntimeError:
             return []
     return rates
 
 
-def _bandwidths(place: torch.device, cores: int) -> tuple[float, float]:
-    """Bytes a second of a stream into given memory, and of additions with fresh results."""
+def _attention_efficiencies(meter: Meter, peak: float) -> dict[str, float]:
+    """FLOPs of causal fused attention over the peak: two products of half a square forward, five backward (Dao 2023)."""
+    batch, heads, tokens, width = 16, 4, 128, 40
+    product = 2.0 * batch * heads * tokens * tokens * width / 2
 
-    def stream(count: int) -> Callable[[], Callable[[], Any]]:
-        def make() -> Callable[[], Any]:
-            x, y, z = (torch.ones(count, device=place) for _ in range(3))
-            return lambda: torch.add(x, y, out=z)
+    def make(backward: bool) -> Callable[[], Callable[[], Any]]:
+        def inner() -> Callable[[], Any]:
+            q, k, v = (torch.randn(batch, heads, tokens, width, device=meter.place, requires_grad=True) for _ in range(3))
+            gradient = torch.randn(batch, heads, tokens, width, device=meter.place)
 
-        return make
+            def work() -> None:
+                result = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+                if backward:
+                    _trained(result, gradient, q, k, v)
 
-    def fresh() -> Callable[[], Any]:
-        x, y = (torch.ones(size, device=place) for _ in range(2))
-        return lambda: x + y
+            return work
 
-    large = _STREAM_BYTES[place.type] // 4
-    size = 2**21 // 4 if place.type == "cpu" else large
-    bandwidth = 12.0 * large / _shared_seconds(stream(large), place, cores)
-    return bandwidth, min(12.0 * size / _shared_seconds(fresh, place, cores), bandwidth)
+        return inner
+
+    forward = meter(make(False))
+    back = max(meter(make(True)) - forward, forward)
+    return {
+        "attention_forward_efficiency": min(2 * product / forward / peak, 1.0),
+        "attention_backward_efficiency": min(5 * product / back / peak, 1.0),
+    }
 
 
-def _launch_seconds(place: torch.device, cores: int) -> float:
+def _bandwidths(meter: Meter) -> tuple[float, float]:
+    """Bytes a second of a stream into given memory, and of layers that do little but read and write."""
+    large = _STREAM_BYTES[meter.place.type] // 4
+
+    def stream() -> Callable[[], Any]:
+        x, y, z = (torch.ones(large, device=meter.place) for _ in range(3))
+        return lambda: torch.add(x, y, out=z)
+
+    rows, width = (2048, 640) if meter.place.type == "cpu" else (16384, 8192)
+
+    def layers() -> Callable[[], Any]:
+        x = torch.randn(rows, width, device=meter.place, requires_grad=True)
+        scale, shift = (torch.ones(width, device=meter.place, requires_grad=True) for _ in range(2))
+        gradient = torch.randn(rows, width, device=meter.place)
+
+        def work() -> None:
+            normed = torch.nn.functional.layer_norm(x, (width,), scale, shift)
+            _trained(x + torch.nn.functional.gelu(normed), gradient, x, scale, shift)
+
+        return work
+
+    value, weight = TensorShape((rows, width), 4), TensorShape((width,), 4, parameter=True)
+    costs = (
+        op_cost("aten.layer_norm", (value, weight, weight), (value,), (True, True, True)),
+        op_cost("aten.gelu", (value,), (value,), (True,)),
+        op_cost("aten.add", (value, value), (value,), (True, True)),
+    )
+    moved = sum(float(c.read_bytes + c.written_bytes + c.backward_read_bytes + c.backward_written_bytes) for c in costs)
+    return 12.0 * large / meter(stream), moved / meter(layers)
+
+
+def _launch_seconds(meter: Meter) -> float:
     """Seconds of a call besides its work: a chain of tiny ops forward and backward, over the number of calls."""
     depth = 20
 
     def make() -> Callable[[], Any]:
-        weight, x = torch.ones(16, 16, device=place, requires_grad=True), torch.ones(1, 16, device=place)
+        weight, x = torch.ones(16, 16, device=meter.place, requires_grad=True), torch.ones(1, 16, device=meter.place)
 
         def work() -> None:
             h = x
@@ -246,7 +323,7 @@ def _launch_seconds(place: torch.device, cores: int) -> float:
         return work
 
     # forward: linear and add; backward: a linear's two products and the sum into the gradient
-    return _shared_seconds(make, place, cores) / (depth * 5)
+    return meter(make, shared=False) / (depth * 5)
 
 
 # ---- collectives --------------------------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ def make_plan(
         )
     overrides = overrides or Overrides()
     sizes = {**traced.sizes, "B": -(-rows // count)}
+    hardware = hardware.for_ranks(math.prod(mesh.values()))
     pricing = Pricing(hardware, sizes)
     graph = weighted.module.graph
     loss = next((node for node in graph.nodes if node.meta.get("loss")), None)

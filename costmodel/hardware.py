@@ -35,6 +35,9 @@ COMBINATIONS: dict[str, tuple[str, str, str]] = {
 }
 
 
+_SHARED = "each rank is taken to have a device of its own; `autopar calibrate` measures what ranks of a CPU share"
+
+
 def combined(name: str, device: str, node: str, fabric: str) -> Hardware:
     """The profile of a device of DEVICES in a node of NODES on a fabric of FABRICS. The ports of a node are shared by its devices: each
     has ports / devices of a port's bandwidth. BadArgument listing the rows if one is unknown.
@@ -49,7 +52,7 @@ def combined(name: str, device: str, node: str, fabric: str) -> Hardware:
         inside=place.inside,
         across=Link(net.port.latency_seconds, share),
         devices_per_node=place.devices,
-        sources={**one.sources, **place.sources, "across": net.source},
+        sources={**one.sources, **place.sources, "across": net.source, "shared_rate": _SHARED, "sharing_ranks": _SHARED},
         peak_flops=one.peak_flops,
         memory_bytes=one.memory_bytes,
         memory_bandwidth_bytes_per_second=one.memory_bandwidth_bytes_per_second,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from costmodel.errors import BadArgument
@@ -32,6 +32,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "latency_seconds": (0.0, 1.0),
     "bandwidth_bytes_per_second": (1e5, 1e14),
     "devices_per_node": (1, 100_000),
+    "shared_rate": (0.001, 1.0),
+    "sharing_ranks": (1, 100_000),
     "multiprocessors": (1, 100_000),
     "dtype_efficiency": (0.001, 1.0),
     "fill_k": (0.0, 1e5),
@@ -143,6 +145,8 @@ class Hardware:
     across: Link
     devices_per_node: int
     kernels: Kernels = field(default_factory=Kernels)
+    shared_rate: float = 1.0  # what a rank keeps of its rates while `sharing_ranks` of a node compute: ranks of a CPU share its cores
+    sharing_ranks: int = 1
     basis: str = "datasheet"
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)  # field name -> where its number comes from
 
@@ -186,6 +190,23 @@ class Hardware:
         together = max(1, min(axis_size, self.devices_per_node // stride))
         return AxisLink(self.inside, self.across, together, -(-axis_size // together))
 
+    def for_ranks(self, num_ranks: int) -> Hardware:
+        """The profile of one of `num_ranks` that compute at the same time, as many in a node as it has devices: its rates where they share
+        what they compute with. From one rank to `sharing_ranks` the share falls linearly to `shared_rate`, beyond it what those reach
+        together is dealt out.
+        """
+        together, most = min(num_ranks, self.devices_per_node), self.sharing_ranks
+        if self.shared_rate == 1.0 or together == 1 or most == 1:
+            return self
+        share = 1 - (1 - self.shared_rate) * (together - 1) / (most - 1) if together <= most else self.shared_rate * most / together
+        return replace(
+            self,
+            peak_flops={dtype: rate * share for dtype, rate in self.peak_flops.items()},
+            memory_bandwidth_bytes_per_second=self.memory_bandwidth_bytes_per_second * share,
+            launch_seconds=self.launch_seconds / share,
+            shared_rate=1.0,
+        )
+
     def to_json(self) -> str:
         """The profile as JSON text that `from_json` reads back; keys sorted, so one profile is always the same text."""
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -198,14 +219,14 @@ class Hardware:
 
     @classmethod
     def from_json(cls, text: str) -> Hardware:
-        """The profile that `to_json` wrote, or a user's own; `kernels`, `basis` and `sources` may be left out. BadArgument naming the
-        field that is missing, unknown or absurd.
+        """The profile that `to_json` wrote, or a user's own; `kernels`, `shared_rate`, `sharing_ranks`, `basis` and `sources` may be left
+        out. BadArgument naming the field that is missing, unknown or absurd.
         """
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise BadArgument("the hardware profile is not JSON", why=str(error)) from None
-        _check_keys(values, cls, "the hardware profile", optional=("kernels", "basis", "sources"))
+        _check_keys(values, cls, "the hardware profile", optional=("kernels", "shared_rate", "sharing_ranks", "basis", "sources"))
         for side in ("inside", "across"):
             _check_keys(values[side], Link, f"{side} of the hardware profile")
             values[side] = Link(**values[side])

@@ -1,14 +1,17 @@
 """`calibrate`: the fit finds constants that made the times; a measured profile is a possible one, and works where a name does."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from models import GPT, gpt_batch
 
+import autopar
 from autopar import calibrate as calibration
 from autopar.cli import main
 from costmodel.collectives import all_reduce_seconds
-from costmodel.hardware import Hardware, Link
+from costmodel.hardware import Hardware, Link, hardware
 
 
 @pytest.fixture
@@ -64,3 +67,18 @@ def test_the_command_names_what_cannot_be(tmp_path, capsys: pytest.CaptureFixtur
     if not torch.cuda.is_available():
         assert main(["calibrate", "--device", "cuda"]) == 2
         assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_ranks_that_share_cores_are_slower_and_a_profile_without_sharing_is_the_same() -> None:
+    alone = replace(hardware("cpu"), shared_rate=0.6, sharing_ranks=4)
+    assert alone.for_ranks(1) is alone and hardware("cpu").for_ranks(8) is hardware("cpu")
+    rates = {ranks: alone.for_ranks(ranks).peak_flops["f32"] / alone.peak_flops["f32"] for ranks in (2, 4, 8)}
+    assert rates == pytest.approx({2: 1 - 0.4 / 3, 4: 0.6, 8: 0.3})
+    four = alone.for_ranks(4)
+    assert four.launch_seconds == pytest.approx(alone.launch_seconds / 0.6) and four.for_ranks(4) is four
+    model, batch = GPT(), gpt_batch()
+    one, two = (autopar.parallelize(model, batch, tp=tp, hardware=alone).plan.stages[0].cost for tp in (1, 2))
+    unshared = autopar.parallelize(model, batch, tp=2, hardware=hardware("cpu")).plan.stages[0].cost
+    shared, free = (c.forward_seconds + c.backward_seconds - c.collective_seconds for c in (two, unshared))
+    assert shared / free == pytest.approx(1 / rates[2], rel=0.02)
+    assert one.forward_seconds == autopar.parallelize(model, batch, hardware=hardware("cpu")).plan.stages[0].cost.forward_seconds

@@ -470,7 +470,7 @@ def test_absurd_profiles_are_refused(change: dict[str, object], message: str) ->
 
 def test_missing_fields_and_broken_json_are_refused() -> None:
     values = json.loads(HARDWARE["cpu"].to_json())
-    for name in set(values) - {"sources", "kernels", "basis"}:
+    for name in set(values) - {"sources", "kernels", "shared_rate", "sharing_ranks", "basis"}:
         with pytest.raises(BadArgument, match=f"has no {name}"):
             Hardware.from_json(json.dumps({key: value for key, value in values.items() if key != name}))
     for text in ("{", "[]", "5"):

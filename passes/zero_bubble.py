@@ -1,8 +1,8 @@
 """Zero-bubble schedules: the backward is split, and the weight gradients, which no stage waits for, fill the gaps.
 
 Design note. BackwardInput sends its result on at once; BackwardWeight comes later, where a rank would idle. The
-schedules are the handcrafted ones of Qi et al. 2023, "Zero Bubble Pipeline Parallelism". `zb_h1` and `zb_v` hold no more
-than 1F1B holds at its first rank, `zb_h2` about twice that.
+schedules are those of Qi et al. 2023, "Zero Bubble Pipeline Parallelism". `zb_h1` and `zb_v` hold no
+more than 1F1B holds at its first rank, `zb_h2` about twice that.
 
 `zb_h1` is 1F1B with the weight gradients of rank r delayed by r microbatches: the first rank, whose results nobody
 waits for, delays none. Each rank then holds p microbatches, and of the three parts of a bubble the one of the weight
@@ -84,7 +84,7 @@ def zb_h2_bubble_seconds(
 
 
 def zb_h2_bubble(num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> Fraction:
-    """Over the step, for F = B = W: (p - 1) / (3 m + p - 1) from 2p - 2 microbatches on; each two fewer are one compute less."""
+    """Over the step, for F = B = W: (p - 1) / (3 m + p - 1) from 2p - 2 microbatches on."""
     idle = 2 * (num_ranks - 1) - min(num_ranks - 1, num_microbatches // 2)
     return Fraction(idle, idle + 3 * num_microbatches)
 

@@ -366,14 +366,20 @@ def test_a_rank_that_raises_or_stalls_in_a_later_stage_of_its_is_named_with_the_
 # ---- compiled ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
-def test_compiled_stages(schedule: str) -> None:
-    """aot_eager takes apart and puts together as inductor does and runs the same kernels, in an order of its own."""
+@pytest.mark.parametrize(
+    ("schedule", "compile"),
+    [
+        *((schedule, "aot_eager") for schedule in ("1f1b", "zb-v")),
+        *(pytest.param(schedule, True, marks=pytest.mark.slow) for schedule in SCHEDULES),
+    ],
+)
+def test_compiled_stages(schedule: str, compile: Any) -> None:
+    """aot_eager takes apart and puts together as inductor does, and runs torch's kernels; True is inductor, with kernels of its own."""
     torch.manual_seed(0)
     model, batch = GPT(layers=2 if schedule == "1f1b" else 4, dim=16), gpt_batch(rows=4, tokens=4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        par = autopar.parallelize(model, batch, pp=2, microbatches=2, schedule=schedule, compile="aot_eager")
+        par = autopar.parallelize(model, batch, pp=2, microbatches=2, schedule=schedule, compile=compile)
         for _ in range(2):
             par.zero_grad()
             loss = par.step(**batch)

@@ -11,6 +11,7 @@ from autopar import errors, schedules
 from autopar.launch import launch
 from autopar.parallelize import ParallelModel, parallelize
 from autopar.plan import Plan
+from autopar.search import search
 from autopar.verify import verify
 from costmodel.hardware import Hardware
 from passes.rules import register as register_rule
@@ -27,5 +28,6 @@ __all__ = [
     "parallelize",
     "register_rule",
     "schedules",
+    "search",
     "verify",
 ]

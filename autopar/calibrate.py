@@ -99,8 +99,9 @@ def _calibrated(place: torch.device, name: str | None, progress: Progress) -> Ha
         devices_per_node=devices,
         kernels=replace(
             base.kernels if kind == "cuda" else Kernels(),
+            attention_forward_efficiency=attention[0],
+            attention_backward_efficiency=attention[1],
             dtype_efficiency={dtype: value for dtype, value in efficiencies.items() if dtype != "f32"},
-            **({} if kind == "cuda" else attention),
         ),
         shared_rate=meter.shared_rate,
         sharing_ranks=cores,
@@ -248,8 +249,8 @@ def _matmul_rates(dtype: torch.dtype, meter: Meter, shapes: Sequence[tuple[int, 
     return rates
 
 
-def _attention_efficiencies(meter: Meter, peak: float) -> dict[str, float]:
-    """FLOPs of causal fused attention over the peak: two products of half a square forward, five backward (Dao 2023)."""
+def _attention_efficiencies(meter: Meter, peak: float) -> tuple[float, float]:
+    """FLOPs a second of causal fused attention over the peak, forward and backward: two products of half a square, and five (Dao 2023)."""
     batch, heads, tokens, width = 16, 4, 128, 40
     product = 2.0 * batch * heads * tokens * tokens * width / 2
 
@@ -269,10 +270,7 @@ def _attention_efficiencies(meter: Meter, peak: float) -> dict[str, float]:
 
     forward = meter(make(False))
     back = max(meter(make(True)) - forward, forward)
-    return {
-        "attention_forward_efficiency": min(2 * product / forward / peak, 1.0),
-        "attention_backward_efficiency": min(5 * product / back / peak, 1.0),
-    }
+    return min(2 * product / forward / peak, 1.0), min(5 * product / back / peak, 1.0)
 
 
 def _bandwidths(meter: Meter) -> tuple[float, float]:

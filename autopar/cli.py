@@ -36,6 +36,7 @@ from autopar.cli_options import (
     resolve_target,
     target_options,
 )
+from autopar.cli_search import run_search, search_arguments
 from autopar.cli_timeline import run_timeline, timeline_arguments
 from autopar.emit_files import emit_files, save_weights
 from autopar.explain import LEGEND, explain
@@ -111,7 +112,7 @@ def _run_verify(arguments: argparse.Namespace, progress: Progress) -> int:
         report = verify(
             target.model,
             target.example_inputs,
-            **layout(arguments),
+            **layout(arguments, target),
             **options,
         )
     progress.end()
@@ -256,6 +257,15 @@ _COMMANDS: dict[str, _Command] = {
         ("autopar timeline examples/mlp.py:example --pp 2 --schedule gpipe", "autopar timeline --plan plan.json"),
         timeline_arguments,
         run_timeline,
+    ),
+    "search": _Command(
+        "find the fastest plans for so many devices, and say why the others lost",
+        (
+            "autopar search hf:MODEL_TYPE --set num_hidden_layers=32 --seq 4096 --gpus 64 --global-batch 512 --precision bf16",
+            "autopar search model.py:build --gpus 16 --hardware a100-80gb --nodes 4 --html search.html --save best.json",
+        ),
+        search_arguments,
+        run_search,
     ),
     "calibrate": _Command(
         "measure this machine into a hardware profile: matrix products, memory, launches, collectives",

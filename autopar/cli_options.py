@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import math
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from autopar.auto import decided, is_auto
 from autopar.options import call_arguments
 from autopar.parallelize import ParallelModel, parallelize
 from autopar.plan import Plan
@@ -33,12 +35,19 @@ class Progress:
     """What is being done, on one line of a terminal that is gone afterwards. Silent in a pipe."""
 
     def __init__(self) -> None:
-        self.shown, self.begin = sys.stderr.isatty(), time.monotonic()
+        self.shown, self.begin, self.filled = sys.stderr.isatty(), time.monotonic(), -1
 
     def __call__(self, text: str) -> None:
         if self.shown:
             seconds = time.monotonic() - self.begin
             print(f"\r\x1b[2K{text} ... ({seconds:.0f} s)", end="", file=sys.stderr, flush=True)
+
+    def bar(self, done: int, total: int) -> None:
+        """A bar of 30 columns, drawn when it grows."""
+        filled = 30 * done // max(total, 1)
+        if self.shown and filled != self.filled:
+            self.filled = filled
+            self(f"[{'#' * filled}{'.' * (30 - filled)}] {100 * done // max(total, 1)}% of the layouts")
 
     def end(self) -> None:
         if self.shown:
@@ -70,15 +79,22 @@ def degree(text: str) -> int:
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def degree_or_auto(text: str) -> int | str:
+    return text if text == "auto" else degree(text)
+
+
 def recompute_choice(text: str) -> str | int:
     """none, selective, full, or bytes: `24000000000`, `24GB`, `512MiB`."""
-    if text in ("none", "selective", "full"):
-        return text
+    return text if text in ("none", "selective", "full") else num_bytes(text, "neither none, selective or full nor ")
+
+
+def num_bytes(text: str, neither: str = "not ") -> int:
+    """`24000000000`, `24GB`, `512MiB`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    num_bytes = int(float(match[1]) * _BYTES.get(match[2].upper(), 0)) if match else 0
-    if num_bytes < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither none, selective or full nor a number of bytes such as 24GB")
-    return num_bytes
+    found = int(float(match[1]) * _BYTES.get(match[2].upper(), 0)) if match else 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is {neither}a number of bytes such as 24GB")
+    return found
 
 
 def target_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -105,9 +121,10 @@ def target_options(parser: argparse.ArgumentParser, required: bool = True) -> No
 
 def plan_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the plan")
-    group.add_argument("--tp", type=degree, default=1, metavar="N", help="tensor-parallel ranks a stage (default 1)")
-    group.add_argument("--pp", type=degree, default=1, metavar="N", help="pipeline stages (default 1)")
-    group.add_argument("--dp", type=degree, default=1, metavar="N", help="data-parallel replicas (default 1)")
+    group.add_argument("--tp", type=degree_or_auto, default=1, metavar="N", help="tensor-parallel ranks a stage, or auto (default 1)")
+    group.add_argument("--pp", type=degree_or_auto, default=1, metavar="N", help="pipeline stages, or auto (default 1)")
+    group.add_argument("--dp", type=degree_or_auto, default=1, metavar="N", help="data-parallel replicas, or auto (default 1)")
+    group.add_argument("--gpus", type=degree, metavar="N", help="ranks that auto degrees are for (default: this machine's)")
     group.add_argument("--microbatches", type=degree, metavar="N", help="parts of the batch (default: chosen)")
     group.add_argument(
         "--schedule", default="1f1b", metavar="NAME", help=f"one of {', '.join(SCHEDULES)} (default 1f1b)"
@@ -147,7 +164,10 @@ def hardware_of(arguments: argparse.Namespace) -> Hardware | str | None:
             profile = hardware_named(given)
     if arguments.nodes is None:
         return profile
-    ranks = arguments.tp * arguments.pp * arguments.dp
+    degrees = (arguments.tp, arguments.pp, arguments.dp)
+    if "auto" in degrees and arguments.gpus is None:
+        raise BadArgument("--nodes and auto degrees need --gpus", use="--gpus N")
+    ranks = arguments.gpus if "auto" in degrees else math.prod(degrees)
     if ranks % arguments.nodes:
         raise BadArgument(
             f"{ranks} ranks cannot be spread evenly over {arguments.nodes} nodes", use="a divisor of the ranks"
@@ -160,20 +180,16 @@ def hardware_of(arguments: argparse.Namespace) -> Hardware | str | None:
 def parallel(arguments: argparse.Namespace, target: Target, progress: Progress) -> ParallelModel:
     """The model traced and planned."""
     inputs = target.example_inputs
-    par = parallelize(
-        target.model,
-        None,
-        **layout(arguments),
-    )
+    par = parallelize(target.model, None, **layout(arguments, target))
     progress("tracing and planning")
     with quiet(arguments.debug):
         par._trace(*call_arguments(inputs))
     return par
 
 
-def layout(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `parallelize` and `verify` that every command takes."""
-    return {
+def layout(arguments: argparse.Namespace, target: Target) -> dict[str, Any]:
+    """The options of `parallelize` and `verify` that every command takes, with auto degrees decided."""
+    options = {
         "tp": arguments.tp,
         "pp": arguments.pp,
         "dp": arguments.dp,
@@ -183,6 +199,10 @@ def layout(arguments: argparse.Namespace) -> dict[str, Any]:
         "recompute": arguments.recompute,
         "hardware": hardware_of(arguments),
     }
+    if not is_auto(options):
+        return options
+    with quiet(arguments.debug):
+        return decided(target.model, target.example_inputs, options, gpus=arguments.gpus)
 
 
 @contextlib.contextmanager
@@ -232,6 +252,7 @@ def given_options(arguments: argparse.Namespace) -> list[str]:
         "tp": 1,
         "pp": 1,
         "dp": 1,
+        "gpus": None,
         "microbatches": None,
         "schedule": "1f1b",
         "recompute": "none",

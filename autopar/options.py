@@ -73,7 +73,7 @@ def checked_options(
     if not isinstance(compile, (bool, str, Mapping)):
         raise BadArgument(f"compile = {compile!r}", use="False, True, a backend's name, or a dict of torch.compile's options")
     return Options(
-        dict(plan.mesh) if plan is not None else {"pp": pp, "tp": tp}, microbatches, schedule, loss_fn, _hardware(hardware, model),
+        dict(plan.mesh) if plan is not None else {"pp": pp, "tp": tp}, microbatches, schedule, loss_fn, profile_for(hardware, model),
         Overrides.of(overrides), plan, sequence_parallel, _device(device, model), seed, virtual_stages, compile, recompute,
     )  # fmt: skip
 
@@ -103,7 +103,8 @@ def _device(device: torch.device | str | None, model: nn.Module) -> torch.device
 _CUDA_PROFILES = (("H200", "h200"), ("H100", "h100-sxm"), ("A100-SXM4-80GB", "a100-80gb"), ("A100", "a100-40gb"))
 
 
-def _hardware(hardware: str | Hardware | None, model: nn.Module) -> Hardware:
+def profile_for(hardware: str | Hardware | None, model: nn.Module) -> Hardware:
+    """The profile that is asked for; that of the device which the model is on for None."""
     if hardware is not None:
         return hardware_named(hardware)
     if _device(None, model).type == "cuda":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autopar.auto import decided, is_auto
 from autopar.options import Options, call_arguments, checked_options, model_name
 from autopar.plan import Plan
 from autopar.planner import as_planned, fingerprint, make_plan
@@ -35,14 +36,14 @@ def parallelize(
     model: nn.Module,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    microbatches: int | None = None,
+    tp: int | str = 1,
+    pp: int | str = 1,
+    dp: int | str = 1,
+    microbatches: int | str | None = None,
     schedule: str = "1f1b",
     virtual_stages: int | None = None,
     loss_fn: Callable[..., torch.Tensor] | None = None,
-    zero: int = 0,
+    zero: int | str = 0,
     precision: str = "fp32",
     recompute: str | int = "none",
     sequence_parallel: SequenceParallel = False,
@@ -66,15 +67,21 @@ def parallelize(
     the cost model finds it cheaper), True. recompute: what backward computes again instead of keeping it: "none", "selective" (what is
     cheap for the bytes it frees), "full" (layers keep only their inputs), or the most bytes that a rank may hold. hardware: a
     profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
-    plan: a saved plan of this model to use as it is. device: where ranks compute (None: where the model is). seed: for dropout.
+    "auto" as tp, pp, dp, microbatches, schedule, recompute or zero leaves that decision to `autopar.search` over the ranks of this job
+    (those launched; in a plain process the GPUs, or the cores). plan: a saved plan of this model to use as it is.
+    device: where ranks compute (None: where the model is). seed: for dropout.
 
     Errors: BadArgument, CaptureError (forward cannot be one graph), TooManyStages, NoLegalSharding, BadPlan, DoesNotFit (more
     bytes than `recompute` allows, whatever is computed again).
     """
+    asked: dict[str, Any] = {
+        "tp": tp, "pp": pp, "dp": dp, "microbatches": microbatches, "schedule": schedule, "virtual_stages": virtual_stages, "zero": zero,
+        "precision": precision, "recompute": recompute, "sequence_parallel": sequence_parallel, "hardware": hardware,
+    }  # fmt: skip
+    if plan is None and is_auto(asked):
+        asked = decided(model, example_inputs, asked, loss_fn=loss_fn)
     options = checked_options(
-        model, tp=tp, pp=pp, dp=dp, microbatches=microbatches, schedule=schedule, virtual_stages=virtual_stages, loss_fn=loss_fn,
-        zero=zero, precision=precision, recompute=recompute, sequence_parallel=sequence_parallel, hardware=hardware,
-        overrides=overrides, plan=plan, compile=compile, device=device, seed=seed,
+        model, **asked, loss_fn=loss_fn, overrides=overrides, plan=plan, compile=compile, device=device, seed=seed,
     )  # fmt: skip
     if launched():
         check_world_size(_world_size(), options.mesh)

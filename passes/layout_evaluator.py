@@ -403,8 +403,13 @@ class Evaluator:
         """Of the fullest rank."""
         count, _ = self._replicas(layout)
         best: LayoutMemory | None = None
+        seen: set[tuple[object, ...]] = set()
         for rank, summed in enumerate(cut.ranks):
             held = [cut.stages[k] for k, owner in enumerate(cut.stage_ranks) if owner == rank]
+            alike = (self._in_flight(layout, row, rank), *map(id, held))
+            if alike in seen:
+                continue
+            seen.add(alike)
             state = state_bytes(
                 summed.parameters, precision=layout.precision, zero=layout.zero, dp_size=count, optimizer=layout.optimizer,
                 gradient_bytes=layout.gradient_bytes,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -25,6 +27,11 @@ def expanded(units: Sequence[UnitCost]) -> list[int]:
 
 def even_cut(seconds: Sequence[float], num_stages: int) -> tuple[int, ...]:
     """How many blocks each stage takes. TooManyStages if there are fewer blocks than stages."""
+    return _even_cut(tuple(seconds), num_stages)
+
+
+@lru_cache(maxsize=8192)
+def _even_cut(seconds: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
     count = len(seconds)
     if num_stages > count:
         raise TooManyStages(
@@ -53,7 +60,7 @@ def even_cut(seconds: Sequence[float], num_stages: int) -> tuple[int, ...]:
     for choice in reversed(choices):
         ends.append(int(choice[ends[-1]]))
     ends.reverse()
-    return tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return tuple(b - a for a, b in pairwise(ends))
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,17 @@ def stage_sums(
     if sum(blocks) != len(order) or min(blocks) < 1:
         raise BadArgument(f"stages of {', '.join(map(str, blocks))} blocks", why=f"the model has {len(order)}", use="as many in sum")
     found = []
+    known: dict[tuple[object, ...], StageSums] = {}
     place = 0
     for taken in blocks:
         counts: dict[int, int] = {}
         for unit in order[place : place + taken]:
             counts[unit] = counts.get(unit, 0) + 1
         place += taken
+        key = (tuple(counts.items()), order[place - 1], place == len(order))
+        if key in known:
+            found.append(known[key])
+            continue
         sums = {name: sum(getattr(units[u], name) * n for u, n in counts.items()) for name in _SUMS}
         own = sum(units[u].parameters * n for u, n in counts.items())
         tied = sum(each.numel for each in shared if any(unit in counts for unit in each.units))
@@ -114,4 +126,5 @@ def stage_sums(
                 block_counts=tuple(counts.items()),
             )
         )  # fmt: skip
+        known[key] = found[-1]
     return found

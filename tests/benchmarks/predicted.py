@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/predicted.py [--profile FILE] [--size small] [--rows 16]
 
 Measures the profile first (`autopar calibrate`) unless one is given. Then for (tp, pp) = (1, 1), (2, 1), (1, 2): the plan's step time
-without the optimizer beside the median of measured steps, ranks as threads with one intra-op thread each, the layouts in turns; and the plan's peak
-memory beside what a rank's ops allocate in a step, counted storage by storage, with its state.
+without the optimizer beside the median of measured steps, ranks as threads with one intra-op thread each, the layouts in turns; and the
+plan's peak memory beside what a rank's ops allocate in a step, counted storage by storage, with its state.
 """
 
 from __future__ import annotations

@@ -1,0 +1,84 @@
+"""`autopar search`: the fastest plans for so many devices, as a table, JSON or a page, and as plan files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from autopar.cli_options import (
+    DONE,
+    Progress,
+    check_writable,
+    degree,
+    degree_or_auto,
+    hardware_of,
+    num_bytes,
+    quiet,
+    resolve_target,
+    target_options,
+)
+from autopar.search import search
+from autopar.search_text import search_text, to_json
+from costmodel.errors import BadArgument
+
+AUTO = "auto"
+_DEFAULT_HARDWARE = "h100-sxm"
+
+
+def search_arguments(parser: argparse.ArgumentParser) -> None:
+    target_options(parser)
+    job = parser.add_argument_group("the job")
+    job.add_argument("--gpus", type=int, required=True, metavar="N", help="devices to use, all of them")
+    job.add_argument("--hardware", metavar="NAME", default=_DEFAULT_HARDWARE, help="a profile's name or its JSON file (default h100-sxm)")
+    job.add_argument("--nodes", type=degree, metavar="N", help="nodes that they are in (default: the profile's node size)")
+    job.add_argument("--memory", type=num_bytes, metavar="BYTES", help="of a device, such as 70GiB (default: the profile's)")
+    job.add_argument("--global-batch", type=degree, metavar="ROWS", help="rows a step (default: the example's on each replica)")
+    job.add_argument("--precision", default="fp32", metavar="NAME", help="fp32, bf16 or fp16 (default fp32)")
+    fixed = parser.add_argument_group("decisions (default: all auto)")
+    for name in ("tp", "pp", "dp", "microbatches"):
+        fixed.add_argument(f"--{name}", type=degree_or_auto, default=AUTO, metavar="N")
+    fixed.add_argument("--schedule", default=AUTO, metavar="NAME")
+    fixed.add_argument("--virtual-stages", type=degree, metavar="N")
+    fixed.add_argument("--recompute", default=AUTO, metavar="WHAT", help="none, selective or full")
+    fixed.add_argument("--zero", default=AUTO, choices=(AUTO, "0", "1", "2", "3"))
+    out = parser.add_argument_group("the result")
+    out.add_argument("--top", type=degree, default=10, metavar="K", help="plans to show (default 10)")
+    out.add_argument("--json", action="store_true", help="print as JSON")
+    out.add_argument("--html", metavar="FILE", help="also write a page: the front of time and memory, timelines")
+    out.add_argument("--save", metavar="FILE", help="also write the best plan, for `autopar emit --plan`")
+
+
+def run_search(arguments: argparse.Namespace, progress: Progress) -> int:
+    for path in (arguments.html, arguments.save):
+        if path is not None:
+            check_writable(path)
+    if arguments.gpus < 1:
+        raise BadArgument(f"--gpus {arguments.gpus}: there is nothing to plan for", use="the number of devices, 1 or more")
+    nodes, arguments.nodes = arguments.nodes, None  # spread by `search`, which knows the degrees
+    profile = hardware_of(arguments)
+    assert profile is not None
+    target = resolve_target(arguments, progress)
+    progress("tracing")
+    with quiet(arguments.debug):
+        plans = search(
+            target.model, target.example_inputs, gpus=arguments.gpus, hardware=profile, nodes=nodes, memory_bytes=arguments.memory,
+            global_batch=arguments.global_batch, precision=arguments.precision, tp=arguments.tp, pp=arguments.pp, dp=arguments.dp,
+            microbatches=arguments.microbatches, schedule=arguments.schedule, virtual_stages=arguments.virtual_stages,
+            recompute=arguments.recompute, zero=AUTO if arguments.zero == AUTO else int(arguments.zero), top=arguments.top,
+            progress=progress.bar,
+        )  # fmt: skip
+        if arguments.html is not None:
+            from autopar.search_html import search_html
+
+            progress(f"writing {arguments.html}")
+            Path(arguments.html).write_text(search_html(plans), encoding="utf-8")
+        if arguments.save is not None:
+            progress("planning the best")
+            plans[0].save(arguments.save)
+    progress.end()
+    if arguments.json:
+        print(json.dumps(to_json(plans), indent=1))
+    else:
+        print(search_text(plans), end="")
+    return DONE

@@ -46,6 +46,7 @@ class Pricing:
 
     hardware: Hardware
     sizes: Mapping[str, int]
+    product_dtype: str | None = None  # what products with weights run in, where not in their values' dtype (fp8)
     _numbers: dict[Size, int] = field(default_factory=dict, compare=False, repr=False)
 
     def number(self, size: Size) -> int:
@@ -86,11 +87,14 @@ class Pricing:
             op_name(call.op), shapes[: len(call.inputs)], shapes[len(call.inputs) :], differentiable, _is_causal(call)
         )
 
-    def seconds(self, cost: Cost, value: TensorType | None) -> tuple[float, float]:
-        """(forward, backward) seconds of a numeric cost; `value` gives the dtype of the arithmetic."""
+    def seconds(self, cost: Cost, value: TensorType | None, weights: bool = False) -> tuple[float, float]:
+        """(forward, backward) seconds of a numeric cost; `value` gives the dtype of the arithmetic, unless `weights` says that it is a
+        product with weights and `product_dtype` is another."""
         dtype = (
             DTYPE_NAMES[value.dtype] if value is not None and DTYPE_NAMES.get(value.dtype) in MATMUL_DTYPES else "f32"
         )
+        if weights and self.product_dtype in self.hardware.peak_flops:
+            dtype = str(self.product_dtype)
         return (
             forward_seconds(cost, dtype=dtype, hardware=self.hardware),
             backward_seconds(cost, dtype=dtype, hardware=self.hardware),

@@ -142,8 +142,10 @@ class Evaluator:
                 counts[name] = counts.get(name, 0) + self.folded.count(node)
         return max(counts, key=lambda name: counts[name], default="f32")
 
-    def _pricing(self, rows: int) -> Pricing:
-        return Pricing(self.hardware, {**self.sizes, **({"B": rows} if "B" in self.sizes else {})})
+    def _pricing(self, rows: int, precision: str = "") -> Pricing:
+        """`precision` "fp8" and "tf32" run products with weights in another dtype than the graph's."""
+        dtype = precision if precision in ("fp8", "tf32") else None
+        return Pricing(self.hardware, {**self.sizes, **({"B": rows} if "B" in self.sizes else {})}, dtype)
 
     def model_flops(self, rows: int) -> float:
         """FLOPs of a forward and backward of so many rows on the whole model, nothing computed twice."""
@@ -176,12 +178,13 @@ class Evaluator:
     def units(self, layout: Layout) -> list[UnitCost]:
         """The model's units on one rank of the layout."""
         key = (
-            layout.tp, layout.sequence_parallel and layout.tp > 1, layout.cp, layout.microbatch_rows, layout.recompute, layout.replay_all,
+            layout.tp, layout.sequence_parallel and layout.tp > 1, layout.cp, layout.stride("cp"), layout.microbatch_rows, layout.recompute,
+            layout.replay_all, layout.precision in ("fp8", "tf32") and layout.precision,
         )  # fmt: skip
         if key not in self._units:
             self._units[key] = unit_costs(
-                self.graph(layout.tp, layout.sequence_parallel), self._pricing(layout.microbatch_rows), recompute=layout.recompute,
-                replay_all=layout.replay_all, cp=layout.cp, context_link=self._link(layout, "cp"),
+                self.graph(layout.tp, layout.sequence_parallel), self._pricing(layout.microbatch_rows, layout.precision),
+                recompute=layout.recompute, replay_all=layout.replay_all, cp=layout.cp, context_link=self._link(layout, "cp"),
             )  # fmt: skip
         return self._units[key]
 
@@ -190,7 +193,7 @@ class Evaluator:
         key = (
             layout.tp, layout.sequence_parallel and layout.tp > 1, layout.cp, layout.microbatch_rows, layout.recompute, layout.replay_all,
             layout.pp, layout.virtual_stages, layout.schedule, layout.blocks, layout.overlap, layout.zero == 3,
-            layout.dp if layout.zero == 3 else 0,
+            layout.dp if layout.zero == 3 else 0, layout.precision,
         )  # fmt: skip
         if key not in self._stages:
             self._stages[key] = self._cut(layout)

@@ -18,8 +18,10 @@ from passes.ir import calls, is_state, is_trainable, output_types, tensor_inputs
 from passes.localize import sharding
 from passes.placement import Placement, local_type
 from passes.reshard import Reshard, collective_seconds
+from passes.rules import CONTRACTIONS
 from passes.shard import computed_once, value_of
 
+_CONTRACTIONS = frozenset(row.op for row in CONTRACTIONS)
 NEVER = 10**30  # bytes: no cut here
 
 
@@ -56,7 +58,8 @@ def node_cost(node: fx.Node, pricing: Pricing, axis_sizes: Mapping[str, int], sa
     name = op_name(node.target)
     causal = "scaled_dot_product_attention" in name and len(node.args) > 5 and bool(node.args[5])
     cost = op_cost(name, shapes, results, trainable, causal)
-    forward, backward = pricing.seconds(cost, output_types(node)[0])
+    weights = node.target in _CONTRACTIONS and any(is_state(n) for n in inputs)
+    forward, backward = pricing.seconds(cost, output_types(node)[0], weights)
     num_bytes = 0.0
     if is_trainable(node):
         kept = op_saves(name, shapes, results, trainable, causal)

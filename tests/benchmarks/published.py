@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published_models import Shape, built
 
 from autopar.trace import trace
 from costmodel.errors import AutoparError
@@ -33,7 +34,6 @@ from passes.folded_json import folded_from_json, folded_to_json
 from passes.layout import Layout, LayoutPrediction
 from passes.layout_evaluator import Evaluator
 from passes.loss import weigh_loss
-from tests.benchmarks.published_models import Shape, built
 
 Record = Mapping[str, Any]
 HERE = Path(__file__).resolve().parent

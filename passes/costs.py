@@ -101,8 +101,8 @@ class Pricing:
         )
 
     def link(self, axis_size: int) -> Link:
-        """The link a mesh axis of this size uses."""
-        return self.hardware.link(axis_size)
+        """The links that the fastest mesh axis uses if it has this size."""
+        return self.hardware.axis_link(axis_size)  # type: ignore[return-value]
 
     def reshard_seconds(
         self, value: TensorType, have: Placement, want: Placement, axis_size: int, trainable: bool, regroup: bool = True

@@ -15,6 +15,7 @@ from costmodel.errors import BadArgument
 from costmodel.memory import OPTIMIZERS, STATE_PRECISIONS
 
 AXES = ("tp", "cp", "dp", "pp")  # fastest first
+FRAGMENTATION = 0.03  # of what is allocated: gaps that no tensor fits into. Estimate
 RECOMPUTES = ("none", "products", "selective", "alternate", "full")  # rows of passes.layout_recompute.RECOMPUTES
 
 
@@ -113,8 +114,13 @@ class LayoutMemory:
 
     @property
     def device_bytes(self) -> float:
-        """What the device is short of, as nvidia-smi shows it; compare this with its memory."""
+        """What the device is short of, as nvidia-smi shows it."""
         return self.reserved_bytes + self.context_bytes
+
+    @property
+    def needed_bytes(self) -> float:
+        """What the device must have: the allocator gives back what it reserves, but for FRAGMENTATION."""
+        return self.allocated_bytes * (1 + FRAGMENTATION) + self.context_bytes
 
 
 @dataclass(frozen=True)
@@ -148,12 +154,12 @@ class LayoutPrediction:
 
     @property
     def fits(self) -> bool:
-        return self.memory.device_bytes <= self.memory_bytes
+        return self.memory.needed_bytes <= self.memory_bytes
 
     @property
     def margin_bytes(self) -> float:
         """What is left of the device's memory; negative where it does not fit."""
-        return self.memory_bytes - self.memory.device_bytes
+        return self.memory_bytes - self.memory.needed_bytes
 
     @property
     def tflops_per_gpu(self) -> float:

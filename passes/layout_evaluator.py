@@ -48,8 +48,13 @@ from passes.shard import is_call, shard
 from passes.step_time import StepTimes
 
 BUCKET_BYTES = 40e6  # of gradients that are summed while the next ones are made: what is left over after the last backward
-RESERVE = 0.03  # of what is allocated: what the caching allocator holds besides. Estimate; see the validation
-CONTEXT_BYTES = 1.5e9  # the driver's context and the communicators' buffers on an NVIDIA GPU. Estimate; see the validation
+# What a GPU holds besides tensors in use. Fitted to published peaks that nvidia-smi and torch report (tests/benchmarks/published.csv):
+# one pair of numbers for all of them.
+RESERVE = 0.12  # of what is allocated: what the caching allocator keeps while nobody needs it
+CONTEXT_BYTES = 3.0e9  # the driver's context, libraries' workspaces, the communicators' buffers
+# Elements of the flat buffers that ZeRO 1 and 2 reduce gradients in and gather parameters in. Source: DeepSpeed's configuration,
+# defaults of reduce_bucket_size and allgather_bucket_size.
+ZERO_BUCKET_ELEMENTS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -421,13 +426,17 @@ class Evaluator:
             kept = summed.kept_bytes / len(held) * in_flight
             if layout.offload:
                 kept = min(kept, 2 * max(stage.kept_bytes / sum(n for _, n in stage.block_counts) for stage in held))
-            working = max(stage.again_bytes for stage in held) + max(stage.temporary_bytes for stage in held)
+            working = max(stage.working_bytes for stage in held)
             received = max(stage.sent_bytes for stage in cut.stages) * 2 if layout.pp > 1 else 0.0
             if layout.zero == 3 and count > 1:
                 each = STATE_PRECISIONS[layout.precision]
                 received += max(stage.largest_block_parameters for stage in held) * (2 * each.parameter_bytes + each.gradient_bytes)
+            if layout.zero in (1, 2) and count > 1:
+                each = STATE_PRECISIONS[layout.precision]
+                received += min(ZERO_BUCKET_ELEMENTS, summed.parameters) * (each.parameter_bytes + each.gradient_bytes)
             memory = LayoutMemory(state.parameters, state.gradients, state.master, state.optimizer, kept, working, received)
-            memory = replace(memory, reserve_bytes=RESERVE * memory.allocated_bytes, context_bytes=self._context_bytes)
+            if self.hardware.name != "cpu":
+                memory = replace(memory, reserve_bytes=RESERVE * memory.allocated_bytes, context_bytes=CONTEXT_BYTES)
             if best is None or memory.device_bytes > best.device_bytes:
                 best = memory
         assert best is not None
@@ -441,10 +450,6 @@ class Evaluator:
                 row.max_in_flight(each, layout.pp, layout.microbatches, layout.virtual_stages) for each in range(layout.pp)
             )
         return self._schedules[key][rank]
-
-    @property
-    def _context_bytes(self) -> float:
-        return 0.0 if self.hardware.name == "cpu" else CONTEXT_BYTES
 
 
 _ALONE = schedule_named("1f1b")

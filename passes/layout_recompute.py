@@ -3,8 +3,8 @@
 A run keeps what it is computed from and is computed again in backward; what calls outside of runs save is kept. "full" and "selective"
 are what plans run (`passes.recompute`). "products" computes again the stretch from the first to the last product of two activations
 (attention between its projections). Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022,
-section 5. "alternate" keeps the results of every second product with a weight and of products of activations, and computes the rest again;
-torchtitan calls it selective op.
+section 5. "alternate" computes a layer again but for every second product with a weight and the products of activations, whose
+results are kept; torchtitan calls it selective op.
 """
 
 from __future__ import annotations
@@ -59,24 +59,18 @@ def _products(calls: Sequence[LineCall]) -> list[Run]:
     return [(found[0], found[-1])] if found else []
 
 
-def _alternate(calls: Sequence[LineCall]) -> list[Run]:
-    kept: set[int] = set()
-    weights = 0
-    for k, call in enumerate(calls):
-        weights += is_weight_product(call.node)
-        if is_product(call.node) or (is_weight_product(call.node) and weights % 2 == 0):
-            kept.add(k)
-    runs: list[Run] = []
-    for k in range(len(calls)):
-        if k not in kept:
-            runs[-1:] = [(runs[-1][0], k)] if runs and runs[-1][1] == k - 1 else [*runs[-1:], (k, k)]
-    return runs
+def cached_calls(recompute: str, calls: Sequence[LineCall]) -> frozenset[int]:
+    """The calls of a layer whose results are kept though they lie in a run: they do not run again."""
+    if recompute != "alternate":
+        return frozenset()
+    products = [k for k, call in enumerate(calls) if is_weight_product(call.node)]
+    return frozenset([*products[::2], *(k for k, call in enumerate(calls) if is_product(call.node))])
 
 
 RECOMPUTES: dict[str, Callable[[Sequence[LineCall]], list[Run]] | None] = {
     "none": _nothing,
     "products": _products,
-    "alternate": _alternate,
+    "alternate": _everything,
     "full": _everything,
     "selective": None,  # found from prices: `selective_runs`
 }
@@ -101,7 +95,9 @@ class Kept:
     replayed: tuple[int, ...]
 
 
-def kept_by(calls: Sequence[LineCall], runs: Sequence[Run], *, replay_all: bool) -> Kept:
+def kept_by(
+    calls: Sequence[LineCall], runs: Sequence[Run], *, replay_all: bool, cached: frozenset[int] = frozenset()
+) -> Kept:
     """What is kept of a layer. Without `replay_all` a run stops at the last call that saves something, before it if that call's result is
     not what it saves.
     """
@@ -114,13 +110,15 @@ def kept_by(calls: Sequence[LineCall], runs: Sequence[Run], *, replay_all: bool)
         if not saving:
             continue
         end = last if replay_all else saving[-1] if calls[saving[-1]].saved & calls[saving[-1]].made else saving[-1] - 1
-        replayed += range(first, end + 1)
+        replayed += [k for k in range(first, end + 1) if k not in cached]
         made = inputs = 0
         for call in calls[first : last + 1]:
             inputs |= call.used & ~made
             made |= call.made
             again |= call.saved
         kept |= inputs
+        for k in cached:
+            kept |= calls[k].made
     for k, call in enumerate(calls):
         if k not in inside:
             kept |= call.saved

@@ -26,12 +26,13 @@ from passes.layout_recompute import (
     RECOMPUTES,
     LineCall,
     bits_of,
+    cached_calls,
     is_product,
     is_weight_product,
     kept_by,
     selective_runs,
 )
-from passes.line import node_cost, result_sharding
+from passes.line import node_cost
 from passes.localize import sharding
 from passes.placement import local_type
 from passes.recompute import Run, Saves, line_of
@@ -167,7 +168,8 @@ def unit_costs(
     for index, unit in enumerate(rank.folded.units):
         start, end = rank.spans[index]
         listed = rank.line[start:end]
-        kept = kept_by(listed, rank.runs(recompute)[index], replay_all=replay_all)
+        cached = cached_calls(recompute, listed) if unit.run is not None else frozenset()
+        kept = kept_by(listed, rank.runs(recompute)[index], replay_all=replay_all, cached=cached)
         mine = kept.kept & ~seen
         seen |= mine
         times = priced[start:end]
@@ -180,7 +182,7 @@ def unit_costs(
                 sum(t.context_forward for t in times), sum(t.context_backward for t in times),
                 sum(t.forward for t in replays), sum(t.tensor_forward for t in replays), sum(t.context_forward for t in replays),
                 float(sum(num_bytes[k] for k in bits_of(mine))), float(sum(num_bytes[k] for k in bits_of(kept.again))),
-                max((t.temporary for t in times), default=0.0), parameters[index], *crossing[index],
+                max((_temporary(call, num_bytes) for call in listed), default=0.0), parameters[index], *crossing[index],
             )
         )  # fmt: skip
     return found
@@ -195,7 +197,6 @@ class _Priced:
     tensor_backward: float = 0.0
     context_forward: float = 0.0
     context_backward: float = 0.0
-    temporary: float = 0.0
 
 
 def _priced(
@@ -223,14 +224,14 @@ def _priced(
         trained = [source for source in tensor_inputs(node) if is_trainable(source)]
         products = [source for source in trained if len(getattr(tensor_type(source), "shape", ())) > 1]
         weight = backward * sum(map(is_state, products)) / max(len(products), 1)
-    temporary = 0.0
-    if is_trainable(node):
-        sources = [s for s in tensor_inputs(node) if is_trainable(s) and not is_state(s)]
-        local = [local_type(kind, sharding(s), axis_sizes) for s in sources if (kind := tensor_type(s)) is not None]
-        results = [kind for kind in output_types(node) if kind.is_floating]
-        local += [local_type(kind, result_sharding(node, k), axis_sizes) for k, kind in enumerate(results)]
-        temporary = float(sum(map(part.num_bytes, local)))
-    return _Priced(forward, backward, weight, context_forward=gathers, context_backward=gathers + scatters, temporary=temporary)
+    return _Priced(forward, backward, weight, context_forward=gathers, context_backward=gathers + scatters)
+
+
+def _temporary(call: LineCall, num_bytes: Sequence[float]) -> float:
+    """Bytes of the gradients that pass while a call runs backward: of what it made, and of what it was given. None for views."""
+    if not call.made or not is_trainable(call.node):
+        return 0.0
+    return float(sum(num_bytes[k] for k in bits_of(call.made | call.used)))
 
 
 def _grows(node: fx.Node, pricing: Pricing, part: Pricing, axis_sizes: Mapping[str, int], cp: int) -> bool:

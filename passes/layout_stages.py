@@ -7,7 +7,7 @@ maximum of the stages' seconds and, among cuts within SLACK of it, the one with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -78,13 +78,20 @@ class StageSums:
     backward_context_seconds: float
     replay_context_seconds: float
     kept_bytes: float
-    again_bytes: float
-    temporary_bytes: float
+    working_bytes: float  # the most that exists beside what is kept, less what backward has let go by then
     parameters: int
     largest_block_parameters: int
     sent_bytes: float  # to the next stage
     sent_whole_bytes: float
     block_counts: tuple[tuple[int, int], ...]  # (unit, how many of it)
+
+
+def _working(units: Sequence[UnitCost], counts: Mapping[int, int]) -> float:
+    most = later = 0.0
+    for unit, count in reversed(list(counts.items())):
+        most = max(most, units[unit].again_bytes + units[unit].temporary_bytes - later)
+        later += units[unit].kept_bytes * count
+    return most
 
 
 _SUMS = (
@@ -120,8 +127,7 @@ def stage_sums(
         found.append(
             StageSums(
                 **sums,
-                again_bytes=max(units[u].again_bytes for u in counts), temporary_bytes=max(units[u].temporary_bytes for u in counts),
-                parameters=own + tied, largest_block_parameters=max(units[u].parameters for u in counts),
+                working_bytes=_working(units, counts), parameters=own + tied, largest_block_parameters=max(units[u].parameters for u in counts),
                 sent_bytes=0.0 if last else end.sent_bytes, sent_whole_bytes=0.0 if last else end.sent_whole_bytes,
                 block_counts=tuple(counts.items()),
             )

@@ -373,8 +373,8 @@ class _Problem:
         if isinstance(placement, Copied):
             # one all_reduce sums the gradients of all such parameters: each brings its bytes, none a latency
             num_bytes, link = self.pricing.num_bytes(kind), self.pricing.link(self.axis_size)
-            link = replace(link, latency_seconds=0.0)
-            seconds += collective_seconds("all_reduce", num_bytes=num_bytes, axis_size=self.axis_size, link=link)
+            held = (collective_seconds("all_reduce", num_bytes=n, axis_size=self.axis_size, link=link) for n in (num_bytes, 0))
+            seconds += next(held) - next(held)
         return seconds / self.microbatches, float(state_bytes(local).total)
 
     def price_memory(self) -> tuple[float, float]:

@@ -6,7 +6,6 @@ import itertools
 import math
 import random
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import models
@@ -266,8 +265,9 @@ def objective_of_the_best(
         if not is_trainable(node):
             return 0.0, 4.0 * held
         # all sums owed once a step are one all_reduce, whose latency no parameter adds to
-        together = replace(pricing.link(axis_size), latency_seconds=0.0)
-        owed = all_reduce_seconds(value, together) if placement == COPIED else 0.0
+        link = pricing.link(axis_size)
+        latency = collective_seconds("all_reduce", num_bytes=0, axis_size=axis_size, link=link)
+        owed = all_reduce_seconds(value, link) - latency if placement == COPIED else 0.0
         return (float(optimizer_seconds(held, pricing.hardware)) + owed) / microbatches, float(
             state_bytes(held).total
         )

@@ -206,7 +206,7 @@ def memory_GB(record: Record, found: LayoutPrediction) -> float:
     """The predicted memory in the terms of the record's unit."""
     unit = str(record.get("mem_unit") or "").lower()
     if "nvidia-smi" in unit:
-        return found.memory.device_bytes / 2**30
+        return found.memory.device_bytes / 1000 / 2**20  # it prints MiB
     if "1e9" in unit:
         return found.memory.allocated_bytes / 1e9
     return (found.memory.reserved_bytes if unit == "gib" else found.memory.allocated_bytes) / 2**30

@@ -34,7 +34,8 @@ from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_named
 from passes.schedules import schedule as schedule_named
 
-EXACT = 16  # of the fastest layouts: priced again, with their schedules played
+EXACT = 8  # of the fastest layouts: priced again, with their schedules played
+PLAYED_COMPUTES = 12_000  # forwards of all schedules that are played: what a few seconds are enough for
 KEPT = 64  # of the fastest layouts, until then
 FAR = 1.5  # times the best step: what takes longer at least is not priced
 DECISIONS = ("tp", "pp", "dp", "zero", "sequence_parallel", "schedule", "virtual_stages", "microbatch_rows", "recompute")
@@ -166,7 +167,9 @@ def search(
     if not found.fastest:
         raise _fits_nowhere(priced, space, found)
     exact = _played(priced, found)
-    best = sorted(exact[:EXACT], key=_cost)[:top]
+    played = {each.layout for each in exact}
+    others = [each for _, _, each in sorted(found.fastest, reverse=True) if each.layout not in played]
+    best = [*sorted(exact, key=_cost), *others][:top]
     decisions = {
         name: {value: again for value, entry in sorted(values.items(), key=lambda item: str(item[0])) if (again := _again(entry, exact))}
         for name, values in found.decisions.items()
@@ -332,14 +335,21 @@ def _least_seconds(priced: Evaluator, layout: Layout) -> float:
 
 
 def _played(priced: Evaluator, found: _Found) -> list[LayoutPrediction]:
-    """The fastest layouts, their schedules played; fewer where a schedule cannot be."""
-    played = []
+    """The fastest layouts, their schedules played, as far as EXACT and PLAYED_COMPUTES go; without those whose schedule cannot be."""
+    played: list[LayoutPrediction] = []
+    schedules: set[tuple[object, ...]] = set()
+    computes = 0
     for _, _, each in sorted(found.fastest, reverse=True):
+        layout = each.layout
+        key = (layout.schedule, layout.pp, layout.virtual_stages, layout.microbatches)
+        if key not in schedules and layout.pp > 1:
+            schedules.add(key)
+            computes += layout.num_stages * layout.microbatches
+        if len(played) == EXACT or (played and computes > PLAYED_COMPUTES):
+            break
         with_times = exactly(priced, each)
         if with_times is not None:
             played.append(with_times)
-        if len(played) == EXACT:
-            break
     return played
 
 

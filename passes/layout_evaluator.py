@@ -218,8 +218,10 @@ class Evaluator:
         ]
         forward, backward, weight, tensor_exposed, context_exposed = by_stage
         ranks = []
-        for rank in range(layout.pp):
-            held = [k for k, owner in enumerate(stage_ranks) if owner == rank]
+        owned: list[list[int]] = [[] for _ in range(layout.pp)]
+        for k, owner in enumerate(stage_ranks):
+            owned[owner].append(k)
+        for held in owned:
             ranks.append(
                 _Rank(
                     sum(forward[k] for k in held), sum(backward[k] for k in held), sum(weight[k] for k in held),
@@ -412,8 +414,10 @@ class Evaluator:
         count, _ = self._replicas(layout)
         best: LayoutMemory | None = None
         seen: set[tuple[object, ...]] = set()
-        for rank, summed in enumerate(cut.ranks):
-            held = [cut.stages[k] for k, owner in enumerate(cut.stage_ranks) if owner == rank]
+        owned: list[list[StageSums]] = [[] for _ in cut.ranks]
+        for stage, owner in zip(cut.stages, cut.stage_ranks, strict=True):
+            owned[owner].append(stage)
+        for rank, (summed, held) in enumerate(zip(cut.ranks, owned, strict=True)):
             alike = (self._in_flight(layout, row, rank), *map(id, held))
             if alike in seen:
                 continue

@@ -2,7 +2,7 @@
 
 The contract, for searches and command lines:
 
-    found = evaluator(model, example_inputs, "a100-80gb", precision="bf16")
+    found = evaluator(model, example_inputs, "a100-80gb")
     found.facts                                   # rows, tokens, num_blocks (most stages), num_layers, parameters, sequence_splits
     found.predict(Layout(tp=8, pp=4, dp=2, microbatch_rows=1, microbatches=64, schedule="1f1b", recompute="full"))
 
@@ -10,7 +10,9 @@ The contract, for searches and command lines:
 exposed_seconds by axis, tflops_per_gpu, mfu, tokens_per_second, optimizer_seconds, basis, uncertainty. It raises NoLegalSharding,
 TooManyStages or BadArgument for a layout that cannot be. The first prediction with a (tp, sequence_parallel) solves that sharding, on the
 folded graph; those after it are sums. `predict(layout, exact=True)` plays the schedule's instructions: for the few that matter.
-A layout's batch may be any: the example's sizes other than its rows are what is predicted for.
+Compute is priced in the dtypes that the model was traced with; a layout's precision says what state is held in, and that
+products with weights run in "fp8" or "tf32". A layout's batch may be any: the example's sizes other than its rows are what is
+predicted for.
 """
 
 from __future__ import annotations

@@ -305,15 +305,15 @@ class _Found:
 def _enumerate(priced: Evaluator, space: Space, progress: Progress = lambda done, total: None) -> _Found:
     """Prices layouts in the order of what they take at least, and leaves out those that can no longer be kept."""
     found, facts = _Found(), priced.facts
-    groups: list[tuple[float, int, list[Layout]]] = []
+    groups: list[tuple[float, int, _Least, list[Layout]]] = []
     for group in space.layouts(facts, priced.hardware):
-        if group:
-            groups.append((_least_seconds(priced, replace(group[0], recompute="none")), len(groups), group))
+        if group and (least := _least(priced, replace(group[0], recompute="none"))) is not None:
+            groups.append((min(map(least.seconds, group)), len(groups), least, group))
     groups.sort(key=lambda entry: entry[:2])
-    for done, (least, _, group) in enumerate(groups):
+    for done, (_, _, least, group) in enumerate(groups):
         progress(done, len(groups))
         for layout in group:
-            if least > found.limit(layout):
+            if least.seconds(layout) > found.limit(layout):
                 continue
             try:
                 found.add(priced.predict(layout))
@@ -322,16 +322,40 @@ def _enumerate(priced: Evaluator, space: Space, progress: Progress = lambda done
     return found
 
 
-def _least_seconds(priced: Evaluator, layout: Layout) -> float:
-    """What a step takes at least: the compute of all microbatches dealt out evenly, nothing waiting. inf where there is no such split."""
+@dataclass(frozen=True)
+class _Least:
+    """Seconds of a microbatch on the whole model, nothing computed again and no traffic hidden that has to be waited for."""
+
+    forward: float
+    backward: float
+    weight: float
+
+    def seconds(self, layout: Layout) -> float:
+        """What a step takes at least: all microbatches dealt out evenly, and what the schedule idles between equal stages. A less even cut
+        adds to each microbatch what it takes from the idle time once.
+        """
+        pp, count = layout.pp, layout.microbatches
+        forward, backward = self.forward / pp, self.backward / pp
+        busy = count * (forward + backward)
+        row = schedule_named(layout.schedule)
+        if pp == 1 or row.bubble_seconds is None:
+            return busy
+        weight = self.weight / pp if row.splits_backward else backward / 2
+        return busy + max(row.bubble_seconds(pp, count, layout.virtual_stages, forward, backward - weight, weight) or 0.0, 0.0)
+
+
+def _least(priced: Evaluator, layout: Layout) -> _Least | None:
+    """None where the model cannot be split so."""
     try:
         units = priced.units(layout)
     except AutoparError:
-        return float("inf")
-    each = sum(unit.count * (unit.forward_seconds + unit.backward_seconds) for unit in units)
-    if "tp" not in layout.overlap:
-        each += sum(unit.count * (unit.forward_tensor_seconds + unit.backward_tensor_seconds) for unit in units)
-    return layout.microbatches * each / layout.pp
+        return None
+    tensor = "tp" not in layout.overlap
+    return _Least(
+        sum(unit.count * (unit.forward_seconds + tensor * unit.forward_tensor_seconds) for unit in units),
+        sum(unit.count * (unit.backward_seconds + tensor * unit.backward_tensor_seconds) for unit in units),
+        sum(unit.count * unit.weight_seconds for unit in units),
+    )
 
 
 def _played(priced: Evaluator, found: _Found) -> list[LayoutPrediction]:

@@ -14,6 +14,7 @@ A parameter's gradient is deferred only if all its uses on the stage are of this
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -97,8 +98,11 @@ def deferred_matmul(
 
 
 @torch.no_grad()
-def add_deferred(products: list[Product]) -> None:
-    """Compute the products in their order, add them to `.grad` as autograd does, and let go of each when it is done."""
+def add_deferred(products: list[Product], done: Callable[[torch.Tensor], None] | None = None) -> None:
+    """Compute the products in their order, add them to `.grad` as autograd does, and let go of each when it is done.
+
+    `done` is told of each parameter when it has got all of theirs.
+    """
     last: dict[int, int] = {}
     for index, product in enumerate(products):
         for parameter in product[:2]:
@@ -107,10 +111,12 @@ def add_deferred(products: list[Product]) -> None:
     sums: dict[int, torch.Tensor] = {}
     for index in range(len(products)):
         product, products[index] = products[index], None  # type: ignore[call-overload]
-        if product.weight is not None:
-            _add(product.weight, product.of_weight(), last[id(product.weight)] == index, sums)
-        if product.bias is not None:
-            _add(product.bias, product.of_bias(), last[id(product.bias)] == index, sums)
+        for parameter, compute in ((product.weight, product.of_weight), (product.bias, product.of_bias)):
+            if parameter is not None:
+                is_last = last[id(parameter)] == index
+                _add(parameter, compute(), is_last, sums)
+                if is_last and done is not None:
+                    done(parameter)
     products.clear()
 
 

@@ -248,6 +248,7 @@ def emit_stage(stage: StagePlan, plan: Plan) -> tuple[str, set[str]]:
         _dict_lines("TIED", {name: repr(stages) for name, stages in stage.tied.items()}),
         [f"    TIED_EXACT = {plan.tied_exact}"] if stage.tied and not plan.tied_exact else [],
         [f"    OWN_BUFFERS = {_tuple_text(own)}"] if (own := _own_buffers(stage, plan)) else [],
+        [f"    UPDATED_BUFFERS = {_tuple_text(updated)}"] if (updated := _updated_buffers(stage, plan)) else [],
     ]  # fmt: skip
     for declaration in declarations:
         lines += declaration
@@ -278,6 +279,13 @@ def _own_buffers(stage: StagePlan, plan: Plan) -> tuple[str, ...]:
     nodes = stage.graph_module.graph.nodes if earlier else ()
     updated = {name for node in nodes for name in node.meta.get("mutates", ())}
     return tuple(name for name in stage.buffers if name in earlier and name in updated)
+
+
+def _updated_buffers(stage: StagePlan, plan: Plan) -> tuple[str, ...]:
+    """The buffers that replicas update, each by its own rows."""
+    nodes = stage.graph_module.graph.nodes if plan.mesh.get("dp", 1) > 1 else ()
+    updated = {name for node in nodes for name in node.meta.get("mutates", ())}
+    return tuple(name for name in stage.buffers if name in updated)
 
 
 def _returned(values: Sequence[str]) -> str:
@@ -342,7 +350,11 @@ def emit_program(plan: Plan, rank: int) -> str:
         | ({"Receive"} if any(stage.receives for stage in stages) else set())
         | ({"Send"} if any(stage.sends for stage in stages) else set())
     )  # fmt: skip
-    shard = f", tensor shard {coords['tp']} of {plan.mesh['tp']}" if plan.mesh.get("tp", 1) > 1 else ""
+    shard = "".join(
+        f", {what} {coords[axis]} of {plan.mesh[axis]}"
+        for axis, what in (("tp", "tensor shard"), ("dp", "replica"))
+        if plan.mesh.get(axis, 1) > 1
+    )
     numbers = " and ".join(str(stage.index) for stage in stages)
     text = re.sub(r"#.*", "", "\n".join((*class_texts, weights_text)))
     placed = f"\nSTAGE_RANKS = {plan.stage_ranks!r}" if len(stages) > 1 else ""

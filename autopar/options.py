@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,14 @@ from passes.overrides import Overrides
 from passes.schedules import schedule as schedule_named
 from passes.shard import SequenceParallel
 
+# The axes of the mesh, the outermost first: tensor-parallel ranks, which talk in every layer, are next to each other; replicas, which talk
+# once a step, come around them, and stages, which exchange activations only, around all.
+MESH_ORDER = ("pp", "dp", "tp")
+
 
 @dataclass(frozen=True)
 class Options:
-    """What `parallelize` was asked for. `mesh`: the sizes of the axes, the outermost first."""
+    """What `parallelize` was asked for. `mesh`: the sizes of the axes, the outermost first; dp is there if there are replicas."""
 
     mesh: Mapping[str, int]
     microbatches: int | None
@@ -36,13 +40,14 @@ class Options:
     virtual_stages: int | None
     compile: Compile
     recompute: str | int
+    zero: int
 
 
 def checked_options(
     model: nn.Module, *, tp: int, pp: int, dp: int, microbatches: int | None, schedule: str, virtual_stages: int | None,
     loss_fn: Callable[..., torch.Tensor] | None, zero: int, precision: str, recompute: str | int, sequence_parallel: SequenceParallel,
     hardware: str | Hardware | None, overrides: Mapping[str, Any] | None, plan: Plan | None, compile: Compile,
-    device: torch.device | str | None, seed: int,
+    device: torch.device | str | None, seed: int, mesh_order: Sequence[str],
 ) -> Options:  # fmt: skip
     """The arguments of `parallelize` in one value. BadArgument for the first that cannot be used."""
     for name, degree in (("tp", tp), ("pp", pp), ("dp", dp)):
@@ -53,7 +58,6 @@ def checked_options(
     ):
         raise BadArgument(f"microbatches = {microbatches!r}", use="a positive integer, or None")
     for name, value, only in (
-        ("dp", dp, 1),
         ("zero", zero, 0),
         ("precision", precision, "fp32"),
     ):
@@ -72,9 +76,15 @@ def checked_options(
     schedule_named(schedule).checked_virtual_stages(virtual_stages)
     if not isinstance(compile, (bool, str, Mapping)):
         raise BadArgument(f"compile = {compile!r}", use="False, True, a backend's name, or a dict of torch.compile's options")
+    order = tuple(mesh_order)
+    if sorted(order) != sorted(MESH_ORDER):
+        raise BadArgument(f"mesh_order = {mesh_order!r}", use=f"each of {', '.join(MESH_ORDER)} once, the outermost first")
+    degrees = {"pp": pp, "dp": dp, "tp": tp}
+    mesh = {axis: degrees[axis] for axis in order if axis != "dp" or dp > 1}
     return Options(
-        dict(plan.mesh) if plan is not None else {"pp": pp, "tp": tp}, microbatches, schedule, loss_fn, profile_for(hardware, model),
+        dict(plan.mesh) if plan is not None else mesh, microbatches, schedule, loss_fn, profile_for(hardware, model),
         Overrides.of(overrides), plan, sequence_parallel, _device(device, model), seed, virtual_stages, compile, recompute,
+        zero,
     )  # fmt: skip
 
 

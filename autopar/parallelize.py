@@ -7,8 +7,8 @@ notebook all ranks are threads of it. Ranks are made at the first use that needs
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from autopar.auto import decided, is_auto
-from autopar.options import Options, call_arguments, checked_options, model_name
+from autopar.options import MESH_ORDER, Options, call_arguments, checked_options, model_name
 from autopar.plan import Plan
 from autopar.planner import as_planned, fingerprint, make_plan
 from autopar.program import Program, load_program
@@ -53,12 +53,14 @@ def parallelize(
     compile: Compile = False,
     device: torch.device | str | None = None,
     seed: int = 0,
+    mesh_order: Sequence[str] = MESH_ORDER,
 ) -> ParallelModel:
-    """Split `model` over tp x pp ranks. The model is traced, never modified.
+    """Split `model` over tp x pp x dp ranks. The model is traced, never modified.
 
-    example_inputs: keyword arguments (dict) or positional ones (tuple) of one call, tensors of any device, of the whole batch that a
-    step gets (its first dim is the batch). None: the first `step()` gives them. The loss is `loss_fn(output, *targets)` if given, targets
-    being the arguments that forward does not take; else what the model returns: a scalar, the first of a tuple, `.loss` or `["loss"]`.
+    example_inputs: keyword arguments (dict) or positional ones (tuple) of one call, tensors of any device, of the batch that a step of
+    one replica gets (its first dim is the batch). None: the first `step()` gives them. The loss is `loss_fn(output, *targets)` if
+    given, targets being the arguments that forward does not take; else what the model returns: a scalar, the first of a tuple, `.loss`
+    or `["loss"]`.
 
     microbatches: how many the batch is split into along the pipeline (None: four a stage, as far as there are rows). schedule: a name in
     `autopar.schedules.SCHEDULES`. virtual_stages: stages a pipeline rank, for schedules with several (None: the schedule's default).
@@ -67,6 +69,7 @@ def parallelize(
     the cost model finds it cheaper), True. recompute: what backward computes again instead of keeping it: "none", "selective" (what is
     cheap for the bytes it frees), "full" (layers keep only their inputs), or the most bytes that a rank may hold. hardware: a
     profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
+    dp: replicas of the model, each with a batch of its own; mesh_order: the axes of the mesh, the outermost first.
     "auto" as tp, pp, dp, microbatches, schedule, recompute or zero leaves that decision to `autopar.search` over the ranks of this job
     (those launched; in a plain process the GPUs, or the cores). plan: a saved plan of this model to use as it is.
     device: where ranks compute (None: where the model is). seed: for dropout.
@@ -82,6 +85,7 @@ def parallelize(
         asked = decided(model, example_inputs, asked, loss_fn=loss_fn)
     options = checked_options(
         model, **asked, loss_fn=loss_fn, overrides=overrides, plan=plan, compile=compile, device=device, seed=seed,
+        mesh_order=mesh_order,
     )  # fmt: skip
     if launched():
         check_world_size(_world_size(), options.mesh)
@@ -192,8 +196,33 @@ class ParallelModel:
         assert like is None or isinstance(like, ThreadedRanks)
         return ThreadedRanks(plan, traced, self._options.device, self._options.seed, like, self._options.compile)
 
-    def _form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Form, dict[str, torch.Tensor]]:
-        """What runs this call, and its tensors by name.
+    def _form(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, trains: bool
+    ) -> tuple[_Form, dict[str, torch.Tensor]]:
+        """What runs this call, and its tensors by name. All replicas of a training step agree on it, or all raise."""
+        alone = self._options.mesh.get("dp", 1) == 1 or (not trains and launched())
+        try:
+            form, batch, sizes = self._form_of(args, kwargs)
+            if trains and form.traced.loss is None:
+                raise BadArgument(
+                    "the model returns no loss to train on", why="its output is no scalar, has none first and no .loss",
+                    use="loss_fn=..., or a forward that returns the loss (pass the labels)",
+                )  # fmt: skip
+        except AutoparError as error:
+            if not alone and self._plan is not None:
+                with suppress(BadArgument):
+                    self._ranks().rows_of_all("", 0, str(error))
+            raise
+        rows = sizes.get("B", form.plan.microbatches)
+        if not alone:
+            shape = ", ".join([*form.traced.inputs, *(f"{name}={size}" for name, size in sizes.items() if name != "B")])
+            rows = self._ranks().rows_of_all(shape, rows)
+        return self._with_rows(form, rows), batch
+
+    def _form_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[_Form, dict[str, torch.Tensor], dict[str, int]]:
+        """What runs this call on batches of enough rows, its tensors by name, and its sizes.
 
         Programs are symbolic in the batch and, where the model allows it, in the sequence. A batch of fewer rows than microbatches
         gets a schedule of its own; a call of another form (a size that is baked in, other arguments) is traced anew, with every
@@ -213,18 +242,21 @@ class ParallelModel:
                     misfit = misfit or error
         else:
             form, batch, sizes = self._other_form(args, kwargs, misfit)
-        rows = sizes.get("B", form.plan.microbatches)
+        return form, batch, sizes
+
+    def _with_rows(self, form: _Form, rows: int) -> _Form:
+        """The form for a batch of `rows` rows, which may be fewer than its microbatches."""
         if 0 < rows < form.plan.microbatches:
             key = ("rows", id(form.plan), rows)
             if key not in self._forms:
                 warnings.warn(
                     f"autopar: a batch of {rows} rows: {rows} microbatches instead of {form.plan.microbatches}",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 fewer = form.plan.with_microbatches(rows)
                 self._forms[key] = _Form(form.traced, fewer, self._once(fewer, form.traced), self.training)
             form = self._forms[key]
-        return form, batch
+        return form
 
     def _other_form(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], misfit: BadArgument | None
@@ -291,8 +323,10 @@ class ParallelModel:
     def step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one whole batch; gradients are added to `.grad`.
 
-        Returns the loss as a 0-dim tensor, on every rank: what the single-device model gives for this batch. BadArgument if the
-        model returns no loss or the batch does not fit; RankFailed if another rank died or stalled.
+        Returns the loss as a 0-dim tensor, on every rank: what the single-device model gives for this batch. With replicas (dp > 1)
+        each rank of a job gives its replica's batch, a plain process the rows of all; loss and gradients are of all replicas' batches
+        together, whatever number of rows or of ignored labels each has. BadArgument, on all ranks, if the model returns no loss, a
+        batch does not fit, or replicas' batches differ in more than their rows; RankFailed if another rank died or stalled.
         """
         ranks, batch, _ = self._to_train(args, kwargs)
         return ranks.step(batch)
@@ -307,12 +341,7 @@ class ParallelModel:
         return step_profile(plan, *ranks.profile(batch))
 
     def _to_train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ranks, dict[str, torch.Tensor], Plan]:
-        form, batch = self._form(args, kwargs)
-        if form.traced.loss is None:
-            raise BadArgument(
-                "the model returns no loss to train on", why="its output is no scalar, has none first and no .loss",
-                use="loss_fn=..., or a forward that returns the loss (pass the labels)",
-            )  # fmt: skip
+        form, batch = self._form(args, kwargs, trains=True)
         ranks = form.ranks()
         ranks.train(self.training)
         return ranks, batch, form.plan
@@ -320,7 +349,7 @@ class ParallelModel:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward only: the model's output on every rank of the last stage, None on the others (a plain process always gets it)."""
-        form, batch = self._form(args, kwargs)
+        form, batch = self._form(args, kwargs, trains=False)
         ranks = form.ranks()
         ranks.train(self.training)
         outputs = ranks.forward(batch)
@@ -353,6 +382,13 @@ class ParallelModel:
         Each parameter counts once whatever tp and pp: shards add up, copies on other ranks and stages are left out.
         """
         return self._ranks().clip_grad_norm_(max_norm)
+
+    def reductions(self) -> dict[str, int]:
+        """How many times the last step summed each parameter's gradient over the replicas, by name: 1 each, whatever the microbatches.
+
+        Of this rank's parameters (a plain process: of all; a parameter that ranks count differently has the largest number).
+        """
+        return self._ranks().reductions()
 
     # ---- parameters -------------------------------------------------------------------------------------------------
 

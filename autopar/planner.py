@@ -321,6 +321,7 @@ def _predict(
             flops += cost.forward_flops + cost.backward_flops
             if call.outputs and call.outputs[0].dtype in (torch.bfloat16, torch.float16):
                 dtype = "bf16" if call.outputs[0].dtype == torch.bfloat16 else "f16"
+    flops *= mesh.get("dp", 1)  # each replica's
     rate = flops * microbatches / seconds / math.prod(mesh.values()) if seconds else 0.0
     communication = microbatches * max(
         sum(stage.cost.collective_seconds + stage.cost.send_seconds for stage in stages) for stages in ranks

@@ -123,6 +123,7 @@ class StageModule:
     TIED: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     TIED_EXACT: ClassVar[bool] = True
     OWN_BUFFERS: ClassVar[tuple[str, ...]] = ()  # updated by forward, and by an earlier stage of this rank as well
+    UPDATED_BUFFERS: ClassVar[tuple[str, ...]] = ()  # by forward; with data parallelism: averaged over replicas after a step
 
     forward: Callable[..., Any]
     tp: Any

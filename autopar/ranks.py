@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,11 @@ from torch import nn
 
 from autopar.plan import Plan
 from autopar.program import load_program
+from autopar.runtime.agreement import agree
+from autopar.runtime.axis import TransferFailed
+from autopar.runtime.board import padded
 from autopar.runtime.compiled import Compile
+from autopar.runtime.outputs import join
 from autopar.runtime.record import RankRecord
 from autopar.runtime.threads import ThreadRanks
 from autopar.runtime.worker import Worker
@@ -33,18 +39,27 @@ from autopar.state import (
 from autopar.trace import Traced
 from passes.placement import Shard, local_shard, parse_notation, parse_type
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 Tensors = dict[str, torch.Tensor]
+
+_MEETING = padded("the meeting of replicas before a step")
 
 
 class Ranks(Protocol):
-    """What a ParallelModel asks of its ranks."""
+    """What a ParallelModel asks of its ranks. `rows_of_all`: the rows of the replica that has fewest, of a batch with `rows`; see
+    `runtime/agreement.py` for its arguments.
+    """
 
+    def rows_of_all(self, shape: str, rows: int, refusal: str | None = None) -> int: ...
     def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
     def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]: ...
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None: ...
     def train(self, mode: bool) -> None: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor: ...
+    def reductions(self) -> dict[str, int]: ...
     def state_dict(self) -> Tensors: ...
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None: ...
     def whole_tensors(self) -> Tensors | None: ...
@@ -64,9 +79,9 @@ def _state(traced: Traced) -> Mapping[str, torch.Tensor]:
 
 
 def _counts_here(plan: Plan, coords: Mapping[str, int], name: str) -> bool:
-    """True if this rank's piece is the one to count in a norm: one copy of a whole tensor, the first stage of a tied one."""
+    """True if this rank's piece is the one to count in a norm: one replica's, one copy of a whole tensor, the first stage of a tied one."""
     first = plan.stages[stage_of_parameter(plan)[name]]
-    if plan.stage_ranks[first.index] != coords["pp"]:
+    if plan.stage_ranks[first.index] != coords["pp"] or coords.get("dp", 0) != 0:
         return False
     return split_axis(first.parameters[name], plan) is not None or coords.get("tp", 0) == 0
 
@@ -161,6 +176,9 @@ class ThreadedRanks:
             )
         return self._threads
 
+    def rows_of_all(self, shape: str, rows: int, refusal: str | None = None) -> int:
+        return rows // self.plan.mesh.get("dp", 1)
+
     def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self._run("step", batch)
 
@@ -174,12 +192,21 @@ class ThreadedRanks:
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None:
         results = self._run("forward", batch)
-        last = self.plan.stage_ranks[-1]
-        pieces = [results[rank] for rank in range(self.plan.num_ranks) if self.plan.coords(rank)["pp"] == last]
         outputs: Tensors = {}
         for name, text in self.plan.stages[-1].outputs.items():
-            outputs[name] = _whole_output(self.plan, text, [piece[name] for piece in pieces])
+            replicas = [
+                _whole_output(self.plan, text, [results[rank][name] for rank in self._ranks_of(len(self.plan.stages) - 1, replica)])
+                for replica in range(self.plan.mesh.get("dp", 1))
+            ]
+            outputs[name] = join(name, text, replicas, self.plan.mesh)
         return outputs
+
+    def _ranks_of(self, stage: int, replica: int = 0) -> list[int]:
+        """The ranks of a stage in one replica, in order of their coords on tp."""
+        held = [(rank, self.plan.coords(rank)) for rank in range(self.plan.num_ranks)]
+        return [
+            rank for rank, coords in held if coords["pp"] == self.plan.stage_ranks[stage] and coords.get("dp", 0) == replica
+        ]
 
     def train(self, mode: bool) -> None:
         self._training = mode
@@ -201,17 +228,22 @@ class ThreadedRanks:
         _scale_gradients([parameter for _, parameter in self.named_parameters()], norm, max_norm)
         return norm
 
+    def reductions(self) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for worker in self._threads.workers if self._threads is not None else ():
+            found |= worker.reductions
+        return dict(found)
+
     def whole(self, name: str, of: str = "value") -> torch.Tensor | None:
         """A whole parameter or buffer (or with of="grad" its gradient) from its first stage's ranks; None for no gradient."""
         stage = stage_of_parameter(self.plan)[name]
         pieces = []
-        for rank in range(self.plan.num_ranks):
-            if self.plan.coords(rank)["pp"] == self.plan.stage_ranks[stage]:
-                tensor = {**self.parameters_of[rank], **self.buffers_of[rank]}[name]
-                piece = tensor.grad if of == "grad" else tensor.detach()
-                if piece is None:
-                    return None
-                pieces.append(piece)
+        for rank in self._ranks_of(stage):
+            tensor = {**self.parameters_of[rank], **self.buffers_of[rank]}[name]
+            piece = tensor.grad if of == "grad" else tensor.detach()
+            if piece is None:
+                return None
+            pieces.append(piece)
         return gather_whole(self.plan, name, text_of(self.plan.stages[stage], name), pieces).clone()
 
     def whole_tensors(self) -> Tensors | None:
@@ -266,7 +298,7 @@ class ProcessRank:
         compile: Compile = False,
     ) -> None:  # fmt: skip
         self.plan, self.traced, self.seed, self.compile = plan, traced, seed, compile
-        self.world = World.from_environment(plan.mesh, device=device)
+        self.world: World = World.from_environment(plan.mesh, device=device) if like is None else like.world
         self.rank, self.coords = self.world.rank, self.world.coords
         if like is None:
             self.parameters, self.buffers = local_tensors(
@@ -289,6 +321,17 @@ class ProcessRank:
                 seed=self.seed, compile=self.compile,
             )  # fmt: skip
         return self._worker
+
+    def rows_of_all(self, shape: str, rows: int, refusal: str | None = None) -> int:
+        replicas = self.world.axis("dp")
+        if replicas.size == 1 or self.world.closed:
+            return rows
+        self.world.board.show(_MEETING)
+        try:
+            return min(agree(replicas, shape, rows, refusal, self.world.device))
+        except TransferFailed as error:
+            suspects, reason = error.suspects, str(error)
+        raise self.world.lost(suspects, reason)
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self.worker.train(self._training)
@@ -332,6 +375,9 @@ class ProcessRank:
         norm = total.sqrt().float()
         _scale_gradients(list(self.parameters.values()), norm, max_norm)
         return norm
+
+    def reductions(self) -> dict[str, int]:
+        return dict(self.worker.reductions)
 
     def _pieces(self, name: str) -> torch.Tensor:
         """The pieces of a tensor that this rank holds, [axis size, ...]; all ranks of its pipeline rank take part."""
@@ -377,16 +423,24 @@ class ProcessRank:
             del pieces
         return found if collects else None
 
-    def state_dict(self) -> Tensors:
+    @cached_property
+    def _device_mesh(self) -> DeviceMesh:
+        """The ranks that hold pieces and copies of what this one holds: axes tp and, with data parallelism, dp."""
         from torch.distributed.device_mesh import DeviceMesh
+
+        axes, shape = list(self.plan.mesh), list(self.plan.mesh.values())
+        held = [axis for axis in ("tp", "dp") if axis in axes]
+        ordered = [*(axis for axis in axes if axis not in held), *held]
+        ranks = torch.arange(math.prod(shape)).view(shape).permute([axes.index(axis) for axis in ordered])
+        return DeviceMesh(self.world.device.type, ranks.contiguous(), mesh_dim_names=tuple(ordered))[tuple(held)]
+
+    def state_dict(self) -> Tensors:
         from torch.distributed.tensor import DTensor, Replicate
         from torch.distributed.tensor import Shard as DShard
 
         if not dist.is_initialized():
             return {name: tensor.detach() for name, tensor in {**self.parameters, **self.buffers}.items()}
-        shape = list(self.plan.mesh.values())
-        ranks = torch.arange(math.prod(shape)).view(shape)
-        mesh = DeviceMesh(self.world.device.type, ranks, mesh_dim_names=tuple(self.plan.mesh))["tp"]
+        mesh = self._device_mesh
         found: Tensors = {}
         for name, tensor in {**self.parameters, **self.buffers}.items():
             if name not in self.traced.state:
@@ -394,7 +448,7 @@ class ProcessRank:
             split = split_axis(self._texts[name], self.plan)
             whole = tuple(self.traced.state[name].shape)
             if split is None:
-                value = DTensor.from_local(tensor.detach(), mesh, [Replicate()], run_check=False)
+                value = DTensor.from_local(tensor.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
             else:
                 placement = split[1]
                 assert isinstance(placement, Shard)
@@ -404,8 +458,9 @@ class ProcessRank:
                     contiguous = local_shard(self._gathered(name), Shard(placement.dim), axis_size=axis_size, coord=coord)
                     local = contiguous.contiguous()
                 stride = torch.empty(whole, device="meta").stride()
+                placements = [DShard(placement.dim), *[Replicate()] * (mesh.ndim - 1)]
                 value = DTensor.from_local(
-                    local, mesh, [DShard(placement.dim)], run_check=False, shape=torch.Size(whole), stride=stride
+                    local, mesh, placements, run_check=False, shape=torch.Size(whole), stride=stride
                 )
             found[name] = value
         return found | {alias: found[name] for alias, name in self.plan.aliases.items() if name in found}

@@ -127,7 +127,8 @@ def _outputs(folder: Path, program: Program) -> Mapping[str, str]:
     last = program.stage_ranks[-1]
     if program.coords.get("pp", 0) == last:
         return program.stages[-1].OUTPUTS
-    stride = math.prod(program.mesh.values()) // program.mesh.get("pp", 1)
+    axes = list(program.mesh)
+    stride = math.prod(list(program.mesh.values())[axes.index("pp") + 1 :]) if "pp" in axes else 1
     return read_program(folder, last * stride).stages[-1].OUTPUTS
 
 

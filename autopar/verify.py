@@ -107,14 +107,17 @@ def verify(
     *,
     tp: int = 1,
     pp: int = 1,
+    dp: int = 1,
     loss_fn: Callable[..., torch.Tensor] | None = None,
     loss_tolerance: float | None = None,
     tolerance: float | None = None,
     **options: Any,
 ) -> Report:
-    """Compare one step on tp x pp ranks with the untouched model on the same batch: loss, every gradient, every buffer.
+    """Compare one step on tp x pp x dp ranks with the untouched model on the same batch: loss, every gradient, every buffer.
 
-    Takes the options of `parallelize`. Tolerances are relative: 1e-6 for the loss and 1e-5 for gradients and buffers in
+    The batch is that of all replicas: its rows are split over dp. Takes the options of `parallelize`.
+
+    Tolerances are relative: 1e-6 for the loss and 1e-5 for gradients and buffers in
     full precision. In bf16 and fp16 a tensor's error against the same model in float64, |x - exact| / |exact| in the L2
     norm, may be 4 times the untouched model's own (or the median of those over all gradients, or the dtype's eps); a
     tolerance that is given replaces that. Dropout is off: its numbers are others on other ranks. The model is not
@@ -128,7 +131,7 @@ def verify(
     check_model(model)
     args, kwargs = call_arguments(example_inputs)
     reference = _without_dropout(model)
-    par = parallelize(reference, example_inputs, tp=tp, pp=pp, loss_fn=loss_fn, **options)
+    par = parallelize(reference, example_inputs, tp=tp, pp=pp, dp=dp, loss_fn=loss_fn, **options)
     assert par._traced is not None
     if par._traced.loss is None:
         raise BadArgument(
@@ -265,41 +268,65 @@ def _reference_step(
     loss_fn: Callable[..., Any] | None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Forward and backward of the untouched model; the loss. Buffers end up as they do by the plan's microbatches.
+    """Forward and backward of the untouched model; the loss. Buffers end up as they do by the plan's microbatches and replicas.
 
     `dtype`: what its floating-point inputs are turned into.
     """
     plan: Plan = par.plan
     signature = par._traced.signature
     updates, felt = _buffer_updates(plan)
-    whole = copy.deepcopy(reference) if updates and not felt else reference
+    batch = par._traced.flatten(args, kwargs)
+    parts = _parts(plan, batch)
+    before = {name: buffer.clone() for name, buffer in reference.named_buffers()}
     loss = torch.zeros(())
-    if not (updates and felt and plan.microbatches > 1):
+    if not (updates and felt and len(parts) > 1):
         expected = _reference_loss(reference, signature.bind(args, kwargs), loss_fn, dtype)
         expected.backward()
-        if not updates or plan.microbatches == 1:
+        if not updates or len(parts) == 1:
             return expected.detach()
         loss = expected.detach()
-    types = BatchTypes(plan.inputs, plan.microbatches)
-    batch = par._traced.flatten(args, kwargs)
-    layout = types.layout(batch)
-    parts = types.split(batch, layout, tuple(plan.inputs))
-    weights = [_weight(plan, part, sizes) for part, sizes in zip(parts, layout.sizes, strict=True)] if felt else []
-    for index, part in enumerate(parts):
+    weights = [_weight(plan, part, sizes) for _, part, sizes in parts] if felt else []
+    after: dict[int, dict[str, torch.Tensor]] = {}  # the buffers of each replica
+    for index, (replica, part, _) in enumerate(parts):
+        if replica not in after:
+            _set_buffers(reference, before)
         again = signature.rebuild(args, kwargs, [part[name] for name in plan.inputs])
         if felt:
-            expected = _reference_loss(reference, again, loss_fn, dtype) * (
-                weights[index] / sum(weights) if weights[0] is not None else 1.0
-            )
+            share = weights[index] / sum(weights) if weights[0] is not None else 1.0
+            expected = _reference_loss(reference, again, loss_fn, dtype) * share
             expected.backward()
             loss = loss + expected.detach()
         else:
             with torch.no_grad():
-                _reference_loss(whole, again, loss_fn, dtype)
-    if whole is not reference:
-        for buffer, updated in zip(reference.buffers(), whole.buffers(), strict=True):
-            buffer.copy_(updated)
+                _reference_loss(reference, again, loss_fn, dtype)
+        after[replica] = {name: buffer.clone() for name, buffer in reference.named_buffers()}
+    means = {
+        name: torch.stack([one[name] for one in after.values()]).mean(0) if buffer.is_floating_point() else after[0][name]
+        for name, buffer in before.items()
+    }
+    _set_buffers(reference, means)
     return loss
+
+
+def _parts(
+    plan: Plan, batch: Mapping[str, torch.Tensor]
+) -> list[tuple[int, Mapping[str, torch.Tensor], Mapping[str, int]]]:
+    """(replica, rows, sizes) of each microbatch of each replica."""
+    listed = BatchTypes(plan.inputs, 1).over_replicas(batch, plan.mesh.get("dp", 1))
+    rows = [BatchTypes(plan.inputs, 1).layout(part).sizes[0].get("B", plan.microbatches) for part in listed]
+    types = BatchTypes(plan.inputs, min(plan.microbatches, *rows, plan.microbatches))
+    found: list[tuple[int, Mapping[str, torch.Tensor], Mapping[str, int]]] = []
+    for replica, part in enumerate(listed):
+        layout = types.layout(part)
+        pieces = types.split(part, layout, tuple(plan.inputs))
+        found += [(replica, piece, sizes) for piece, sizes in zip(pieces, layout.sizes, strict=True)]
+    return found
+
+
+@torch.no_grad()
+def _set_buffers(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    for name, buffer in module.named_buffers():
+        buffer.copy_(values[name])
 
 
 def _computed_in(plan: Plan) -> set[torch.dtype]:

@@ -38,6 +38,40 @@ class TransferFailed(RuntimeError):
         self.suspects = suspects
 
 
+class Pending:
+    """A collective under way. `wait` gives its result; what it was started with must not be written until then."""
+
+    def __init__(self, axis: GroupAxis | LocalAxis, work: dist.Work | None, result: Callable[[], torch.Tensor]) -> None:
+        self._axis, self._work, self._result = axis, work, result
+
+    def advance(self) -> None:
+        """Start the second round, if there are two, when the first is over."""
+
+    def wait(self) -> torch.Tensor:
+        """The result (on CUDA: when the stream gets there)."""
+        if self._work is not None:
+            self._axis.finish(self._work)
+            self._work = None
+        return self._result()
+
+
+class _TwoRounds(Pending):
+    """A sum of slices, then the slices to all."""
+
+    def __init__(self, axis: GlooAxis, first: Pending, numel: int) -> None:
+        self._gloo, self._first, self._numel = axis, first, numel
+        self._second: Pending | None = None
+
+    def advance(self) -> None:
+        if self._second is None:
+            self._second = self._gloo.start_all_gather(self._first.wait())
+
+    def wait(self) -> torch.Tensor:
+        self.advance()
+        assert self._second is not None
+        return self._second.wait().view(-1)[: self._numel]
+
+
 class LocalAxis:
     """An axis of one rank: nothing to do."""
 
@@ -58,6 +92,18 @@ class LocalAxis:
 
     def broadcast(self, tensor: torch.Tensor, source_coord: int) -> torch.Tensor:
         return tensor
+
+    def start_all_reduce(self, flat: torch.Tensor) -> Pending:
+        return Pending(self, None, lambda: flat)
+
+    def start_reduce_scatter(self, tensor: torch.Tensor) -> Pending:
+        return Pending(self, None, lambda: tensor[0])
+
+    def start_all_gather(self, flat: torch.Tensor) -> Pending:
+        return Pending(self, None, lambda: flat.unsqueeze(0))
+
+    def finish(self, work: dist.Work) -> None:
+        work.wait()
 
     def close(self) -> None:
         return
@@ -81,6 +127,21 @@ class GroupAxis:
         self._board.wait_for(self._waiting)
         try:
             start(*arguments).wait()
+        except RuntimeError as error:
+            raise TransferFailed(str(error), self._others) from None
+        self._board.wait_for(COMPUTING)
+
+    def _start(self, start: Callable[..., dist.Work], *arguments: object) -> dist.Work:
+        try:
+            return start(*arguments)
+        except RuntimeError as error:
+            raise TransferFailed(str(error), self._others) from None
+
+    def finish(self, work: dist.Work) -> None:
+        """Wait for what was started."""
+        self._board.wait_for(self._waiting)
+        try:
+            work.wait()
         except RuntimeError as error:
             raise TransferFailed(str(error), self._others) from None
         self._board.wait_for(COMPUTING)
@@ -123,6 +184,20 @@ class GroupAxis:
         options.rootRank = source_coord
         self._wait(self.group.broadcast, [tensor], options)
         return tensor
+
+    def start_all_reduce(self, flat: torch.Tensor) -> Pending:
+        """The sum of the axis's flat tensors [numel]; `flat` itself is written."""
+        return Pending(self, self._start(self.group.allreduce, [flat], dist.AllreduceOptions()), lambda: flat)
+
+    def start_reduce_scatter(self, tensor: torch.Tensor) -> Pending:
+        """[size, numel] of each rank -> [numel], the sum of the entries for this rank."""
+        mine = tensor.new_empty(tensor.shape[1:])
+        return Pending(self, self._start(self.group._reduce_scatter_base, mine, tensor.view(-1)), lambda: mine)
+
+    def start_all_gather(self, flat: torch.Tensor) -> Pending:
+        """[numel] of each rank -> [size, numel]."""
+        gathered = flat.new_empty((self.size, flat.numel()))
+        return Pending(self, self._start(self.group._allgather_base, gathered.view(-1), flat), lambda: gathered)
 
     def close(self) -> None:
         """Let go of the group: its sockets close, and whoever waits for this rank is told at once."""
@@ -212,3 +287,50 @@ class GlooAxis(GroupAxis):
             raise TransferFailed(str(error), self._others) from None
         self._board.wait_for(COMPUTING)
         return tensor
+
+    def start_all_reduce(self, flat: torch.Tensor) -> Pending:
+        """The sum of the axis's flat tensors [numel], in the order of coords. `flat` is not written."""
+        numel = flat.numel()
+        if numel == 0:
+            return Pending(self, None, lambda: flat)
+        if self.size == 2:
+            other = torch.empty_like(flat)
+            work = self._start(self.group.alltoall_base, other.view(1, -1), flat.view(1, -1), self._counts, self._counts)
+            return Pending(self, work, lambda: torch.add(flat, other, out=other))
+        piece = -(-numel // self.size)
+        padding = piece * self.size - numel
+        padded = torch.cat([flat, flat.new_zeros(padding)]) if padding else flat
+        return _TwoRounds(self, self.start_reduce_scatter(padded.view(self.size, piece)), numel)
+
+    def start_reduce_scatter(self, tensor: torch.Tensor) -> Pending:
+        """[size, numel] of each rank -> [numel], the sum of the entries for this rank in the order of coords."""
+        if tensor.numel() == 0:
+            return Pending(self, None, lambda: tensor[self.coord])
+        if self.size == 2:
+            received = torch.empty_like(tensor[0])
+            sent = tensor[1 - self.coord].view(1, -1)
+            work = self._start(self.group.alltoall_base, received.view(1, -1), sent, self._counts, self._counts)
+            return Pending(self, work, lambda: torch.add(tensor[self.coord], received, out=received))
+        slices = torch.empty_like(tensor)
+        work = self._start(self.group.alltoall_base, slices, tensor, [], [])
+
+        def total() -> torch.Tensor:
+            summed = slices[0] + slices[1]
+            for row in slices[2:]:
+                summed += row
+            return summed
+
+        return Pending(self, work, total)
+
+    def start_all_gather(self, flat: torch.Tensor) -> Pending:
+        """[numel] of each rank -> [size, numel]."""
+        if flat.numel() == 0:
+            return Pending(self, None, lambda: flat.new_empty((self.size, 0)))
+        num_others, row = self.size - 1, flat.view(1, -1)
+        received = flat.new_empty((num_others, flat.numel()))
+        sent = row if num_others == 1 else row.expand(num_others, -1).contiguous()
+        work = self._start(self.group.alltoall_base, received, sent, self._counts, self._counts)
+        return Pending(self, work, lambda: torch.cat([received[: self.coord], row, received[self.coord :]]))
+
+
+Axis = LocalAxis | GroupAxis

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from autopar.program import Program, StageModule
+from autopar.runtime.axis import Axis
 from costmodel.errors import BadArgument
 from passes.ir import TensorType, size_symbol
 from passes.placement import parse_type
@@ -108,6 +109,23 @@ class BatchTypes:
         rows = tuple(each + (index < larger) for index in range(count))
         return Layout(tuple({**plain, ROWS: size} for size in rows), self._split, rows)
 
+    def over_replicas(self, batch: Mapping[str, torch.Tensor], num_replicas: int) -> list[Mapping[str, torch.Tensor]]:
+        """Each replica's rows of a batch of all; inputs without rows whole. BadArgument if a replica gets none."""
+        if num_replicas == 1:
+            return [batch]
+        rows = {batch[name].shape[0] for name in self._split if name in batch and batch[name].ndim}
+        if not rows or min(rows) < num_replicas:
+            raise BadArgument(
+                f"the batch has {f'{min(rows)} rows' if rows else 'no input with rows'} to split over dp = {num_replicas} replicas",
+                why="each replica needs data" if rows else f"the model's inputs are {', '.join(self.texts.values())}",
+                use="a larger batch, or a smaller dp" if rows else "ranks in processes (torchrun or autopar.launch)",
+            )
+        pieces = {name: batch[name].tensor_split(num_replicas) for name in self._split if name in batch}
+        return [
+            {name: pieces[name][replica] if name in pieces else tensor for name, tensor in batch.items()}
+            for replica in range(num_replicas)
+        ]
+
     def split(
         self, batch: Mapping[str, torch.Tensor], layout: Layout, names: tuple[str, ...]
     ) -> list[dict[str, torch.Tensor]]:
@@ -144,8 +162,10 @@ class Arguments:
         self._of_stage = {name: of_stage[name] for name in wanted if name in of_stage}
         self._weight_sizes = tuple(name for name in wanted if name not in program.batch and name not in of_stage)
 
-    def of(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> list[dict[str, Any]]:
-        """One dict per microbatch."""
+    def of(
+        self, batch: Mapping[str, torch.Tensor], layout: Layout, replicas: Axis | None = None
+    ) -> list[dict[str, Any]]:
+        """One dict per microbatch. `replicas`: of whose batches together each is a part; None: of this one alone."""
         if self._device.type != "cpu":
             wanted = {*self._inputs, *self._weight_inputs}
             batch = {name: batch[name].to(self._device, non_blocking=True) for name in wanted}
@@ -154,12 +174,14 @@ class Arguments:
             for given, sizes in zip(keywords, layout.sizes, strict=True):
                 given.update((name, sizes[name]) for name in self._sizes)
         if self._share_places:
-            for given, shares in zip(keywords, self._shares(batch, layout), strict=True):
+            for given, shares in zip(keywords, self._shares(batch, layout, replicas), strict=True):
                 given.update((name, shares[place]) for name, place in self._share_places.items())
         return keywords
 
     @torch.no_grad()
-    def _shares(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> list[list[torch.Tensor]]:
+    def _shares(
+        self, batch: Mapping[str, torch.Tensor], layout: Layout, replicas: Axis | None
+    ) -> list[list[torch.Tensor]]:
         """Per microbatch and loss term: its part of the whole batch's loss. Weights that are all 0 give nan, as a mean
         over nothing.
         """
@@ -170,16 +192,25 @@ class Arguments:
                 tuple(self._weights(**given, **self._of_stage, **{name: sizes[name] for name in self._weight_sizes}))
                 for given, sizes in zip(inputs, layout.sizes, strict=True)
             ]
+        terms: list[list[torch.Tensor] | None] = [
+            None
+            if any(weight is None for weight in term)  # a sum over rows: each microbatch counts in full
+            else [torch.as_tensor(weight, device=self._device) for weight in term]
+            for term in zip(*weights, strict=True)
+        ]
+        totals = [sum(counts[1:], counts[0]) for counts in terms if counts is not None]
+        if replicas is not None and replicas.size > 1 and totals:
+            # in f64, where the counts of labels are exact
+            totals = list(replicas.all_reduce(torch.stack([total.double() for total in totals])).unbind(0))
         shares: list[list[torch.Tensor]] = [[] for _ in weights]
-        for term in zip(*weights, strict=True):
-            if any(weight is None for weight in term):  # a sum over rows: each microbatch counts in full
-                parts = [torch.ones((), device=self._device)] * len(term)
+        for counts in terms:
+            if counts is None:
+                parts = [torch.ones((), device=self._device)] * len(weights)
             else:
-                counts = [torch.as_tensor(weight, device=self._device) for weight in term]
-                total = counts[0]
-                for count in counts[1:]:
-                    total = total + count
+                total = totals.pop(0)
                 parts = [count / total for count in counts]
+                if total.dtype == torch.float64:
+                    parts = [part.float() for part in parts]
             for listed, part in zip(shares, parts, strict=True):
                 listed.append(part)
         return shares

@@ -15,7 +15,7 @@ shares memory with anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from autopar.deferred import Product, add_deferred
 from autopar.program import Program, Receive, Send, StageModule
+from autopar.runtime.axis import Axis
 from autopar.runtime.batch import Arguments, BatchTypes, Layout
 from autopar.runtime.buffers import Rings, RingTable
 from autopar.runtime.gradients import GradientSums
@@ -147,10 +148,10 @@ class Chunk:
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
-    def begin(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> None:
-        """Prepare for a step or an evaluation."""
+    def begin(self, batch: Mapping[str, torch.Tensor], layout: Layout, replicas: Axis | None = None) -> None:
+        """Prepare for a step or an evaluation. `replicas`: of whose batches together the loss is to be; None: this one's alone."""
         self.rings = self._ring_table.of(layout.sizes)
-        self._keywords = self._arguments.of(batch, layout)
+        self._keywords = self._arguments.of(batch, layout, replicas)
         self._flights = [None] * self.num_microbatches
         self.step_losses, self.collected = [], []
         self._first_backward = True
@@ -231,8 +232,19 @@ class Chunk:
         """The gradients that were put off."""
         flight = self.flight(microbatch)
         if flight.deferred:
-            add_deferred(flight.deferred)
+            add_deferred(flight.deferred, self._sums.added)
         self._sums.after_backward(self.number, microbatch, complete=True)
+
+    def last(self, backward: Callable[[int], None], *, complete: bool) -> Callable[[int], None]:
+        """One of the three backwards where it is the last of its kind in a step. `complete`: no other follows."""
+
+        def run(microbatch: int) -> None:
+            flights = [] if complete else [self.flight(each) for each in range(self.num_microbatches)]
+            self._sums.last_backward(self.number, [flight.deferred for flight in flights])
+            backward(microbatch)
+            self._sums.after_last_backward(self.number, complete=complete)
+
+        return run
 
     def _gradients(self, flight: _Flight) -> None:
         edges: list[GradientEdge] = []

@@ -11,6 +11,8 @@ gradient of each microbatch is kept apart. Where all stages that use a weight ar
 in a V), the sum is made as soon as the last of them has its part, and as many gradients are kept as microbatches are
 in flight. Between ranks all of them are exchanged at the end of the step. Without exact sums one accumulated gradient
 per rank is exchanged.
+
+Sums over the replicas of data parallelism come on top (`replicas.py`): of tied and partial gradients after these.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from autopar.deferred import Product
 from autopar.program import StageModule
+from autopar.runtime.replicas import ReplicaSums
 from autopar.runtime.world import World
 
+REPLICA_AXIS = "dp"
 _TIED_TAG = 1 << 29
 
 
@@ -113,7 +118,10 @@ class _TiedSum:
 
 
 class GradientSums:
-    """The tied and partial gradients of one rank's stages (classes by number). False if there are none."""
+    """The gradients of one rank's stages (classes by number) that several ranks have parts of. False if there are none.
+
+    `replicas`: their sums over data parallelism; None where there is one replica.
+    """
 
     def __init__(
         self, world: World, stages: Mapping[int, type[StageModule]], stage_ranks: Sequence[int],
@@ -133,13 +141,24 @@ class GradientSums:
             for name, (held, exact) in sorted(tied.items())
         }
         self._of_stage = {stage: [tied for tied in self._tied.values() if stage in tied.own] for stage in stages}
+        self.replicas: ReplicaSums | None = None
+        replicas = world.axis(REPLICA_AXIS)
+        if replicas.size > 1 and trained:
+            late = sorted({*self._tied, *self._partial})
+            early = {
+                stage: [name for name in cls.PARAMS if name in trained and name not in late]
+                for stage, cls in stages.items()
+            }
+            self.replicas = ReplicaSums(replicas, early, late, trained)
         self._earlier: dict[str, torch.Tensor | None] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._tied or self._partial)
+        return bool(self._tied or self._partial or self.replicas)
 
     def begin(self) -> None:
         """Set aside what earlier steps left."""
+        if self.replicas is not None:
+            self.replicas.begin()
         for name in (*self._tied, *self._partial):
             if name not in self._earlier:
                 self._earlier[name], self._parameters[name].grad = self._parameters[name].grad, None
@@ -153,6 +172,23 @@ class GradientSums:
         for tied in self._of_stage[stage]:
             tied.after_backward(stage, microbatch, complete)
 
+    def last_backward(self, stage: int, put_off: Sequence[list[Product]]) -> None:
+        """What comes next is the last backward of a stage, but for the weight gradients that are in these lists, or will be by then."""
+        if self.replicas is not None:
+            self.replicas.watch(put_off)
+
+    def after_last_backward(self, stage: int, *, complete: bool) -> None:
+        """It is over. `complete`: nothing of the stage is put off."""
+        if self.replicas is not None:
+            self.replicas.unwatch()
+            if complete:
+                self.replicas.complete(stage)
+
+    def added(self, parameter: torch.Tensor) -> None:
+        """A weight gradient that was put off has been added."""
+        if self.replicas is not None:
+            self.replicas.ready(parameter)
+
     def abandon(self) -> None:
         """The step failed: `.grad` is again what it was before it."""
         for name, earlier in self._earlier.items():
@@ -160,6 +196,8 @@ class GradientSums:
         self._earlier.clear()
         for tied in self._tied.values():
             tied.begin(None)
+        if self.replicas is not None:
+            self.replicas.abandon()
 
     def finish(self) -> None:
         """Sum over stages and ranks, and add what was set aside."""
@@ -172,6 +210,8 @@ class GradientSums:
             if name in self._partial and earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
         self._earlier.clear()
+        if self.replicas is not None:
+            self.replicas.finish()
 
     def _sum_partial(self) -> None:
         """One all_reduce per dtype."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from autopar.runtime.chunk import LOSS
+from autopar.runtime.gradients import REPLICA_AXIS
 from autopar.runtime.world import PIPELINE_AXIS, World
 from costmodel.errors import BadArgument
 from passes.ir import size_symbol
@@ -25,7 +26,7 @@ def _sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
 def share_loss(
     losses: Sequence[torch.Tensor], dtype: torch.dtype | None, source: int, world: World
 ) -> tuple[torch.Tensor, torch.dtype]:
-    """(loss, its dtype): the sum of the microbatches' shares, from pipeline rank `source`, which has them, to all.
+    """(loss, its dtype): the sum of the microbatches' and replicas' shares, from pipeline rank `source`, which has them, to all.
 
     `dtype` None: not known yet. It goes along as a number that is read once, since reading one off a GPU waits for it.
     """
@@ -37,6 +38,10 @@ def share_loss(
         dtype = total.dtype
         message[0] = total
         message[1] = _LOSS_DTYPES.index(dtype)
+        replicas = world.axis(REPLICA_AXIS)
+        if replicas.size > 1:
+            message[0] = replicas.all_reduce(message[0])
+            total = message[0].to(dtype)
     if axis.size > 1:
         axis.broadcast(message, source)
     if dtype is None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from autopar.runtime.axis import GlooAxis
+from autopar.runtime.axis import GlooAxis, Pending
 
 
 class _Arriving:
@@ -82,3 +82,25 @@ class StagedAxis(GlooAxis):
 
     def broadcast(self, tensor: torch.Tensor, source_coord: int) -> torch.Tensor:
         return tensor.copy_(super().broadcast(to_host(tensor), source_coord))
+
+    def start_all_reduce(self, flat: torch.Tensor) -> Pending:
+        return _Up(self, super().start_all_reduce(to_host(flat)), flat.device)
+
+    def start_reduce_scatter(self, tensor: torch.Tensor) -> Pending:
+        return _Up(self, super().start_reduce_scatter(to_host(tensor)), tensor.device)
+
+    def start_all_gather(self, flat: torch.Tensor) -> Pending:
+        return super().start_all_gather(flat) if flat.device.type == "cpu" else _Up(
+            self, super().start_all_gather(to_host(flat)), flat.device
+        )  # fmt: skip
+
+
+class _Up(Pending):
+    """A collective of host memory whose result goes up."""
+
+    def __init__(self, axis: StagedAxis, inner: Pending, device: torch.device) -> None:
+        super().__init__(axis, None, lambda: inner.wait().to(device))
+        self._inner = inner
+
+    def advance(self) -> None:
+        self._inner.advance()

@@ -26,9 +26,10 @@ from autopar.program import Program
 from autopar.runtime.batch import BatchTypes
 from autopar.runtime.board import Board
 from autopar.runtime.compiled import Compile
+from autopar.runtime.gradients import REPLICA_AXIS
 from autopar.runtime.record import RankRecord
 from autopar.runtime.worker import Interrupted, Worker
-from autopar.runtime.world import TIMEOUT_SECONDS, World, check_world_size
+from autopar.runtime.world import TIMEOUT_SECONDS, World, check_world_size, coords_of
 from costmodel.errors import AutoparError, RankFailed
 
 _ENDING_SECONDS = 10.0
@@ -54,7 +55,9 @@ class _Job:
         world = World.in_thread(
             self.mesh, self.rank, self.store, self.memory, device=self.device, timeout_seconds=self.timeout_seconds
         )
-        return Worker(self.program, world, self.parameters, self.buffers, seed=self.seed, compile=self.compile)
+        return Worker(
+            self.program, world, self.parameters, self.buffers, seed=self.seed, compile=self.compile, joins_replicas=True
+        )
 
 
 class _Rank:
@@ -104,7 +107,7 @@ class ThreadRanks:
     """Rank threads for `programs`, one per rank of the mesh, each with its own local parameters and buffers.
 
     `step(batch)` leaves gradients in the parameters' `.grad` and returns the loss; `forward(batch)` returns each
-    rank's outputs.
+    rank's outputs. The batch is that of all replicas: its rows are split over them, 10 over 4 as 3, 3, 2, 2.
     """
 
     def __init__(
@@ -145,6 +148,11 @@ class ThreadRanks:
         """Forward only; the outputs that each rank holds, by rank."""
         return self._each("forward", batch)
 
+    @property
+    def workers(self) -> list[Worker]:
+        """Those of the ranks that have run."""
+        return [worker for worker in (self._alone, *(rank.worker for rank in self._ranks)) if worker is not None]
+
     def train(self, mode: bool = True) -> None:
         """Whether dropout and the like are on."""
         self._training = mode
@@ -164,7 +172,9 @@ class ThreadRanks:
         ]
 
     def _each(self, method: str, batch: Mapping[str, torch.Tensor]) -> list[Any]:
-        self._batch_types.layout(batch)  # BadArgument here, before a rank knows of it
+        batches = self._batch_types.over_replicas(batch, self.mesh.get(REPLICA_AXIS, 1))
+        for each in batches:
+            self._batch_types.layout(each)  # BadArgument here, before a rank knows of it
         if self.num_ranks == 1:
             return [self._on_this_thread(method, batch)]
         if not self._ranks:
@@ -172,8 +182,9 @@ class ThreadRanks:
             self._ranks = [_Rank(job, self._results) for job in self._jobs()]
             self._end = weakref.finalize(self, _end, self._ranks)
         num_threads = torch.get_num_threads()
-        for rank in self._ranks:
-            rank.orders.put((method, batch, num_threads, self._training))
+        for number, rank in enumerate(self._ranks):
+            replica = coords_of(number, self.mesh).get(REPLICA_AXIS, 0)
+            rank.orders.put((method, batches[replica], num_threads, self._training))
         results: list[Any] = [None] * self.num_ranks
         failures: dict[int, BaseException] = {}
         try:

@@ -16,20 +16,22 @@ they meet the others', where one process adds one use after the other: equal but
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from autopar.program import Program
-from autopar.runtime.axis import TransferFailed
+from autopar.runtime.axis import Axis, TransferFailed
 from autopar.runtime.batch import BatchTypes, Layout
 from autopar.runtime.board import padded
 from autopar.runtime.chunk import Chunk
 from autopar.runtime.compiled import Compile, compile_stage
-from autopar.runtime.gradients import GradientSums
+from autopar.runtime.gradients import REPLICA_AXIS, GradientSums
 from autopar.runtime.outputs import join, share_loss
 from autopar.runtime.record import RankRecord, meet, recorded_step
+from autopar.runtime.replicas import mean_over
 from autopar.runtime.transfers import TRANSFERS, Line, Transfers
 from autopar.runtime.world import World
 from costmodel.errors import BadPlan, RankFailed
@@ -61,6 +63,10 @@ class Worker:
     `.grad`, added to what was there. `microbatches` is checked against the schedule. `seed` starts the stages' random
     generators. `compile`: torch.compile for the stages' forwards (see `compiled.py`). `record`: while it is a list, a
     step adds what it did: (instruction, start, end) in seconds of time.perf_counter.
+
+    With data parallelism the batch of `step` is this replica's, the loss and the gradients are of all replicas' together;
+    buffers that forward updates are averaged over them. `forward` is of this replica's batch alone, unless
+    `joins_replicas`: then losses in its outputs are parts of the loss of all replicas' batches.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class Worker:
         microbatches: int | None = None,
         seed: int = 0,
         compile: Compile = False,
+        joins_replicas: bool = False,
     ) -> None:
         if dict(program.mesh) != world.mesh or dict(program.coords) != world.coords:
             raise BadPlan(
@@ -82,6 +89,7 @@ class Worker:
         if microbatches is not None and microbatches != self.num_microbatches:
             raise BadPlan(f"The schedule has {self.num_microbatches} microbatches, not {microbatches}.")
         self.program, self.world = program, world
+        self._replicas, self._joins_replicas = world.axis(REPLICA_AXIS), joins_replicas
         self.parameters, self.buffers = dict(parameters), dict(buffers)
         self.record: list[tuple[str, float, float]] | None = None
         self._batch_types = BatchTypes(program.batch, self.num_microbatches, tuple(world.mesh))
@@ -89,6 +97,8 @@ class Worker:
         self._sums = GradientSums(world, stages, program.stage_ranks, self.parameters, self.num_microbatches)
         if self._sums and not any(isinstance(instruction, SumGradients) for instruction in program.schedule):
             raise BadPlan("Gradients have to be summed over ranks, but the schedule has no SumGradients().")
+        updated = {name for cls in stages.values() for name in cls.UPDATED_BUFFERS}
+        self._updated = [self.buffers[name] for name in sorted(updated)] if self._replicas.size > 1 else []
         tensors = {**self.parameters, **self.buffers}
         self._chunks = [
             Chunk(
@@ -134,6 +144,10 @@ class Worker:
             BackwardWeight: lambda chunk: chunk.backward_weight,
         }
         line = self._transfers.compile(schedule)
+        last: dict[tuple[int, bool], int] = {}  # of each chunk, the last backward and the last that adds what was put off
+        for index, instruction in enumerate(schedule):
+            if isinstance(instruction, (Backward, BackwardInput, BackwardWeight)):
+                last[instruction.chunk, isinstance(instruction, BackwardWeight)] = index
         actions: list[_Action] = []
         for index, instruction in enumerate(schedule):
             text = padded(repr(instruction))
@@ -146,7 +160,11 @@ class Worker:
                 if instruction.chunk >= len(self._chunks):
                     raise BadPlan(f"{instruction!r}: this rank has {len(self._chunks)} stages.")
                 chunk = self._chunks[instruction.chunk]
-                actions.append((text, methods[type(instruction)](chunk), instruction.microbatch))
+                method = methods[type(instruction)](chunk)
+                if self._sums.replicas is not None and index in last.values():
+                    end = max(last.get((instruction.chunk, half), -1) for half in (False, True))
+                    method = chunk.last(method, complete=index == end)
+                actions.append((text, method, instruction.microbatch))
             elif not isinstance(instruction, TRANSFERS):
                 raise BadPlan(f"This runtime has no instruction {instruction!r}.")
         return line, actions
@@ -156,6 +174,11 @@ class Worker:
     def check(self, batch: Mapping[str, torch.Tensor]) -> Layout:
         """The microbatches' sizes; BadArgument if the batch does not fit the program."""
         return self._batch_types.layout(batch)
+
+    @property
+    def reductions(self) -> Counter[str]:
+        """How often the last step summed each parameter's gradient over the replicas."""
+        return self._sums.replicas.reductions if self._sums.replicas is not None else Counter()
 
     def train(self, mode: bool = True) -> None:
         """Whether dropout and the like are on."""
@@ -210,7 +233,7 @@ class Worker:
             chunk.drop()
 
     def _step(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> torch.Tensor:
-        self._prepare(batch, layout)
+        self._prepare(batch, layout, self._replicas)
         self._sums.begin()
         with torch.enable_grad():
             self._execute(*self._training)
@@ -218,7 +241,7 @@ class Worker:
 
     def _evaluate(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            self._prepare(batch, layout)
+            self._prepare(batch, layout, self._replicas if self._joins_replicas else None)
             self._execute(*self._evaluation)
             outputs = {
                 name: join(name, chunk.stage.OUTPUTS[name], [each[place] for each in chunk.collected], self.world.mesh)
@@ -228,9 +251,9 @@ class Worker:
         self._drop()
         return outputs
 
-    def _prepare(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> None:
+    def _prepare(self, batch: Mapping[str, torch.Tensor], layout: Layout, replicas: Axis | None) -> None:
         for chunk in self._chunks:
-            chunk.begin(batch, layout)
+            chunk.begin(batch, layout, replicas)
 
     def _execute(self, line: Line, actions: list[_Action]) -> None:
         board, record = self.world.board, self.record
@@ -252,9 +275,12 @@ class Worker:
     def _sum_gradients(self, _: None) -> None:
         self._transfers.finish_sends()
         self._sums.finish()
+        if self._updated:
+            with torch.no_grad():
+                mean_over(self._replicas, self._updated)
 
     def _whole_loss(self) -> torch.Tensor:
-        """The sum of the microbatches' shares, from the rank that has the loss to all: its value and its dtype."""
+        """The sum of the microbatches' and replicas' shares, from the rank that has the loss to all: its value and its dtype."""
         losses = self._loss_chunk.step_losses if self._loss_chunk is not None else []
         self._drop()
         loss, self._loss_dtype = share_loss(losses, self._loss_dtype, self._loss_rank, self.world)

@@ -1,0 +1,45 @@
+"""What replicas tell each other before a step, so that a batch that does not fit is an error on all of them and a hang on none.
+
+A replica whose batch is of another shape than its peers', that has none, or that refuses it for a reason of its own must not leave the
+others waiting in the middle of a step. So each brings a digest of its batch's sizes, its number of rows, and whether it refuses: three
+integers, gathered over the replicas. Only when they disagree are words exchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from autopar.runtime.axis import Axis
+from costmodel.errors import BadArgument
+
+_WORDS_BYTES = 600
+
+
+def agree(axis: Axis, shape: str, rows: int, refusal: str | None, device: torch.device) -> list[int]:
+    """Each replica's number of rows.
+
+    `shape`: the sizes of this replica's batch but for its rows, in words; `refusal`: why this replica cannot run it.
+
+    BadArgument, on all replicas, if one refuses, has no rows or another shape.
+    """
+    digest = int.from_bytes(hashlib.blake2b(shape.encode(), digest_size=7).digest(), "big")
+    mine = torch.tensor([digest, rows, refusal is not None], dtype=torch.int64, device=device)
+    found = axis.all_gather(mine).tolist()
+    if all(one[0] == digest and one[1] > 0 and not one[2] for one in found):
+        return [one[1] for one in found]
+    words = (refusal if refusal is not None else shape).encode()[:_WORDS_BYTES].ljust(_WORDS_BYTES, b"\0")
+    said = axis.all_gather(torch.frombuffer(bytearray(words), dtype=torch.uint8).to(device)).cpu()
+    texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in said]
+    for coord, (_, _, refuses) in enumerate(found):
+        if refuses:
+            raise BadArgument(f"replica {coord} cannot run its batch", why=texts[coord], use="a batch that fits, on every replica")
+    for coord, (_, count, _) in enumerate(found):
+        if count < 1:
+            raise BadArgument(f"replica {coord} gets no data", why="its batch has no rows", use="at least one row for each replica")
+    other = next(coord for coord, one in enumerate(found) if one[0] != found[0][0])
+    raise BadArgument(
+        "the replicas' batches have different shapes", why=f"replica 0: {texts[0]}; replica {other}: {texts[other]}",
+        use="batches that differ in rows alone (pad the rest to one size, with labels that are ignored)",
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""Gradients summed over the replicas of data parallelism: once a step, in buckets, beside the last microbatch's backward.
+
+Design note. torch's DistributedDataParallel and FSDP2 wrap an nn.Module and hook its forward, its parameters and the end of each
+backward call. A rank here has no module but straight-line stages, several backward calls a step (one a microbatch and stage, some in two
+halves), weight gradients that are put off, and gradients that are first owed over other axes (tied weights over pp, partial ones over
+tp); and its ranks may be threads, which have no default process group. What is left of a reducer is this file.
+
+A parameter's gradient is complete when the last microbatch has added its part: autograd tells by its hook on the parameter
+(`watch` ... `unwatch` around that backward), weight gradients that are put off by `ready`. A bucket starts when all of its are
+complete and the bucket before has started, so on all replicas in one order: later stages first, in a stage the last used first.
+Tied and partial gradients come last, after their sums over the other axes. `finish` waits for all and leaves the sums in `.grad`.
+
+What earlier steps left in `.grad` has been summed already: it is set aside when the step begins and added back.
+A parameter that gets no gradient takes part with zeros and keeps None: all replicas run one program, so it gets none on any.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from autopar.deferred import Product
+from autopar.runtime.axis import Axis, Pending
+
+BUCKET_BYTES = 25 * 2**20
+_LEAST_BUCKETS = 4  # so that a small model's gradients are not all sent at the end
+_LEAST_BUCKET_BYTES = 2**20
+
+
+class _Bucket:
+    """Parameters whose gradients travel together, and the sum while it is under way."""
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[torch.Tensor]) -> None:
+        self.names, self.parameters = names, parameters
+        self.missing: set[int] = set()
+        self.pending: Pending | None = None
+        self.with_gradient: list[bool] = []
+
+
+def _buckets(names: Iterable[str], parameters: Mapping[str, torch.Tensor], limit_bytes: int) -> list[_Bucket]:
+    """One dtype and device a bucket, in the given order."""
+    groups: list[list[str]] = []
+    num_bytes, kind = 0, None
+    for name in names:
+        parameter = parameters[name]
+        if not groups or kind != parameter.dtype or num_bytes + parameter.nbytes > limit_bytes:
+            groups.append([])
+            num_bytes, kind = 0, parameter.dtype
+        groups[-1].append(name)
+        num_bytes += parameter.nbytes
+    return [_Bucket(group, [parameters[name] for name in group]) for group in groups]
+
+
+class ReplicaSums:
+    """The sums over `axis` of one rank's gradients.
+
+    `stages`: by stage, the names that are complete when its last backward is over, in the order of their first use; `late`: those
+    that are not before the end of the step. `reductions` counts, by name, the sums of the last step.
+    """
+
+    def __init__(
+        self, axis: Axis, stages: Mapping[int, Sequence[str]], late: Sequence[str],
+        parameters: Mapping[str, torch.Tensor],
+    ) -> None:  # fmt: skip
+        self._axis = axis
+        total = sum(parameters[name].nbytes for listed in (*stages.values(), late) for name in listed)
+        limit = min(BUCKET_BYTES, max(_LEAST_BUCKET_BYTES, total // _LEAST_BUCKETS))
+        self._of_stage = {
+            stage: _buckets(reversed(stages[stage]), parameters, limit) for stage in sorted(stages, reverse=True)
+        }
+        self._early = [bucket for buckets in self._of_stage.values() for bucket in buckets]
+        self._late = _buckets(late, parameters, limit)
+        self._bucket_of = {id(parameter): bucket for bucket in self._early for parameter in bucket.parameters}
+        for bucket in self._early:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(self.ready)
+        self._watching = False
+        self._put_off: Sequence[list[Product]] = ()
+        self._next = 0
+        self._earlier: dict[int, torch.Tensor] = {}
+        self.reductions: Counter[str] = Counter()
+
+    # ---- a step -------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Set aside what earlier steps left."""
+        self.reductions.clear()
+        self._next, self._watching = 0, False
+        for bucket in (*self._early, *self._late):
+            bucket.missing = {id(parameter) for parameter in bucket.parameters}
+            bucket.pending = None
+            for parameter in bucket.parameters:
+                if parameter.grad is not None and id(parameter) not in self._earlier:
+                    self._earlier[id(parameter)], parameter.grad = parameter.grad, None
+
+    def watch(self, put_off: Sequence[list[Product]]) -> None:
+        """The next backward is the last of its stage for all gradients but those that are in these lists, or will be by then."""
+        self._watching, self._put_off = True, put_off
+
+    def unwatch(self) -> None:
+        """That backward is over."""
+        self._watching = False
+
+    def ready(self, parameter: torch.Tensor) -> None:
+        """A parameter's gradient has got one more part: its last, while that is watched for."""
+        if self._watching and not any(
+            parameter is each for products in self._put_off for product in products for each in product[:2]
+        ):
+            bucket = self._bucket_of.get(id(parameter))
+            if bucket is not None:
+                bucket.missing.discard(id(parameter))
+                if not bucket.missing:
+                    self._start_next()
+
+    def complete(self, stage: int) -> None:
+        """All gradients of a stage have got all of their parts."""
+        for bucket in self._of_stage[stage]:
+            bucket.missing.clear()
+        self._start_next()
+
+    def _start_next(self) -> None:
+        while self._next < len(self._early) and not self._early[self._next].missing:
+            self._start(self._early[self._next])
+            if self._next > 0:
+                pending = self._early[self._next - 1].pending
+                assert pending is not None
+                pending.advance()
+            self._next += 1
+
+    def _start(self, bucket: _Bucket) -> None:
+        gradients = [parameter.grad for parameter in bucket.parameters]
+        bucket.with_gradient = [gradient is not None for gradient in gradients]
+        for parameter in bucket.parameters:
+            parameter.grad = None
+        filled = [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for gradient, parameter in zip(gradients, bucket.parameters, strict=True)
+        ]
+        del gradients
+        flat = torch.cat([gradient.reshape(-1) for gradient in filled])
+        del filled
+        bucket.pending = self._axis.start_all_reduce(flat)
+        self.reductions.update(bucket.names)
+
+    def finish(self) -> None:
+        """Start what has not been started, and put all sums into `.grad`."""
+        for bucket in self._early:
+            bucket.missing.clear()
+        self._start_next()
+        for bucket in self._late:
+            self._start(bucket)
+        started = [*self._early, *self._late]
+        for bucket in started[len(self._early) - 1 if self._early else 0 :]:
+            assert bucket.pending is not None
+            bucket.pending.advance()
+        for bucket in started:
+            pending, bucket.pending = bucket.pending, None
+            assert pending is not None
+            self._deliver(bucket, pending.wait())
+        self._earlier.clear()
+
+    def _deliver(self, bucket: _Bucket, flat: torch.Tensor) -> None:
+        pieces = flat.split([parameter.numel() for parameter in bucket.parameters])
+        for parameter, piece, has in zip(bucket.parameters, pieces, bucket.with_gradient, strict=True):
+            earlier = self._earlier.get(id(parameter))
+            if has:
+                gradient = piece.view(parameter.shape)
+                parameter.grad = gradient if earlier is None else earlier.add_(gradient)
+            else:
+                parameter.grad = earlier
+
+    def abandon(self) -> None:
+        """The step failed: `.grad` is again what it was before it."""
+        self._watching = False
+        for bucket in (*self._early, *self._late):
+            bucket.pending = None
+            for parameter in bucket.parameters:
+                parameter.grad = self._earlier.get(id(parameter))
+        self._earlier.clear()
+
+
+def mean_over(axis: Axis, buffers: Sequence[torch.Tensor]) -> None:
+    """The mean over replicas of buffers that forward updates, in place. Integers, such as counts of batches, are equal already."""
+    floats = [buffer for buffer in buffers if buffer.is_floating_point()]
+    for dtype in dict.fromkeys(buffer.dtype for buffer in floats):
+        same = [buffer for buffer in floats if buffer.dtype == dtype]
+        total = axis.all_reduce(torch.cat([buffer.reshape(-1) for buffer in same])).div_(axis.size)
+        for buffer, piece in zip(same, total.split([buffer.numel() for buffer in same]), strict=True):
+            buffer.copy_(piece.view(buffer.shape))

@@ -1,0 +1,328 @@
+"""Data parallelism: replicas whose gradients are summed once a step train as one device does on all their batches together.
+
+Tolerances: losses of 20 AdamW steps within 1e-5 of the untouched model's (largest seen 3e-6, at losses of 5 to 20), parameters within 2e-4
+(AdamW's eps 1e-4, so that gradients that are 0 but for rounding stay small; largest seen 2e-5).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import GPT, gpt_batch
+from reference import model_loss, train, wide
+from torch import Tensor, nn
+
+import autopar
+from costmodel.errors import BadArgument, RankFailed
+
+NUM_STEPS, ROWS, TOKENS = 20, 7, 8  # 7 rows over 2 replicas are 4, 3
+LOSS_TOLERANCE, PARAMETER_TOLERANCE = 1e-5, 2e-4
+EPS = 1e-4
+Batch = dict[str, Tensor]
+
+
+class Mixed(nn.Module):
+    """Parameters of every awkward kind: tied, a scalar, frozen, unused, rows that no axis divides, a skip over all layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(17, 12)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.blocks = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
+        self.odd = nn.Linear(12, 5)
+        self.back = nn.Linear(5, 12, bias=False)
+        self.unused = nn.Parameter(torch.zeros(3))
+        self.head = nn.Linear(12, 17, bias=False)
+        self.head.weight = self.wte.weight
+        self.blocks[1].weight.requires_grad_(False)
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        x = first = self.wte(idx)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x)) * self.scale
+        x = x + self.back(F.gelu(self.odd(x))) + first
+        return F.cross_entropy(self.head(x).view(-1, 17), targets.view(-1))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"gpt": lambda: GPT(layers=4, dim=16, heads=4), "mixed": Mixed}
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name]()
+
+
+def batches_of(name: str, count: int = NUM_STEPS, rows: int = ROWS) -> list[Batch]:
+    """Rows with different numbers of labels that are ignored."""
+    found = []
+    for seed in range(count):
+        batch = gpt_batch(rows=rows, tokens=TOKENS, seed=seed % 4, vocab=17 if name == "mixed" else 64)
+        for row in range(rows):
+            batch["targets"][row, : row % TOKENS] = -100
+        found.append(batch)
+    return found
+
+
+@cache
+def alone(name: str) -> tuple[list[float], dict[str, Tensor]]:
+    """(losses, parameters) of the untouched model on whole batches."""
+    model = built(name)
+
+    def step(batch: Any) -> Tensor:
+        loss = model_loss(model, batch)
+        loss.backward()
+        return loss.detach()
+
+    losses = train(step, model.parameters(), batches_of(name), eps=EPS)
+    return [loss.item() for loss in losses], model.state_dict()
+
+
+def differences(losses: list[Tensor], parameters: dict[str, Tensor], name: str) -> tuple[float, float]:
+    """(of the losses, of the parameters), the largest."""
+    expected_losses, expected = alone(name)
+    assert list(parameters) == list(expected)
+    return (
+        max(abs(loss.item() - wanted) for loss, wanted in zip(losses, expected_losses, strict=True)),
+        max((parameters[key] - expected[key]).abs().max().item() for key in expected),
+    )
+
+
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    (name, layout)
+    for name in MODELS
+    for layout in (
+        {"dp": 2},
+        {"dp": 3},
+        {"dp": 2, "tp": 2},
+        {"dp": 2, "pp": 2, "schedule": "1f1b", "microbatches": 3},
+        {"dp": 2, "pp": 2, "schedule": "interleaved-1f1b", "microbatches": 2},
+        {"dp": 2, "pp": 2, "schedule": "zb-h1", "microbatches": 3},
+        {"dp": 2, "pp": 2, "schedule": "zb-v", "microbatches": 3},
+        {"dp": 2, "pp": 2, "tp": 2, "microbatches": 2},
+        {"dp": 2, "pp": 2, "tp": 2, "microbatches": 2, "mesh_order": ("dp", "tp", "pp")},
+    )
+]
+
+
+def _quick(name: str, layout: dict[str, Any]) -> bool:
+    return (name == "mixed" and ("schedule" not in layout or layout["schedule"] == "zb-h1")) or layout == {"dp": 2}
+
+
+@pytest.mark.parametrize(("name", "layout"), wide(LAYOUTS, _quick), ids=str)
+def test_replicas_train_as_one_device_does_on_all_their_batches(name: str, layout: dict[str, Any]) -> None:
+    batches = batches_of(name)
+    par = autopar.parallelize(built(name), batches[0], **layout)
+    losses = train(lambda batch: par.step(**batch), par.parameters(), batches, eps=EPS)
+    of_losses, of_parameters = differences(losses, par.full_state_dict(), name)
+    par.close()
+    assert of_losses <= LOSS_TOLERANCE
+    assert of_parameters <= PARAMETER_TOLERANCE
+
+
+def test_each_gradient_is_reduced_once_a_step_whatever_the_number_of_microbatches() -> None:
+    batch = batches_of("mixed", 1)[0]
+    for layout in ({"microbatches": 1}, {"pp": 2, "microbatches": 3}, {"pp": 2, "microbatches": 3, "schedule": "zb-h1"}):
+        par = autopar.parallelize(built("mixed"), batch, dp=2, **layout)
+        for _ in range(2):
+            par.step(**batch)
+            counts = par.reductions()
+            trained = {name.rpartition(": ")[2] for name, p in par.named_parameters() if p.requires_grad}
+            assert counts == dict.fromkeys(trained, 1)
+        par.close()
+
+
+def test_reductions_begin_while_the_last_microbatch_goes_backward() -> None:
+    """Not one after the other at the end: most buckets are under way before the last backward is over."""
+    from autopar.runtime.replicas import ReplicaSums
+
+    torch.manual_seed(0)
+    model = GPT(layers=4, dim=256, heads=4, vocab=64)
+    batch = gpt_batch(rows=4, tokens=8)
+    par = autopar.parallelize(model, batch, dp=2)
+    par.step(**batch)
+    events: list[str] = []
+    worker = par._ranks()._threads._ranks[0].worker  # type: ignore[union-attr, attr-defined]
+    sums: ReplicaSums = worker._sums.replicas
+    start, complete = sums._start, sums.complete
+    sums._start = lambda bucket: (events.append("start"), start(bucket))[1]  # type: ignore[method-assign]
+    sums.complete = lambda stage: (events.append("backward over"), complete(stage))[1]  # type: ignore[method-assign]
+    par.step(**batch)
+    par.close()
+    assert events.index("backward over") >= 3, events
+
+
+def test_gradients_of_several_steps_add_up() -> None:
+    model, batches = built("mixed"), batches_of("mixed", 2)
+    reference = copy.deepcopy(model)
+    par = autopar.parallelize(model, batches[0], dp=2, pp=2, microbatches=2)
+    for batch in batches:
+        par.step(**batch)
+        model_loss(reference, batch).backward()
+    held = par._ranks()
+    for name, parameter in reference.named_parameters():
+        found = held.whole(name, "grad") if parameter.grad is not None else None  # type: ignore[attr-defined]
+        assert (found is None) == (parameter.grad is None)
+        if found is not None:
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
+    norm = par.clip_grad_norm_(0.1)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.1), rtol=1e-5, atol=0.0)
+    par.close()
+
+
+class Normed(nn.Module):
+    """A batch norm between two linears; dropout behind it."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.b(self.dropout(torch.relu(self.norm(self.a(x))))), y)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pp": 2, "microbatches": 2}, {"tp": 2}])
+def test_verify_compares_replicas_and_the_means_of_their_statistics(layout: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(9, 8), "y": torch.randn(9, 4)}
+    report = autopar.verify(Normed(), batch, dp=2, **layout)
+    assert report.ok, str(report)
+    assert {d.name for d in report.differences} >= {"norm.running_mean", "a.weight"}
+
+
+def test_replicas_drop_other_values_and_a_seed_repeats_them() -> None:
+    torch.manual_seed(0)
+    model, batch = Normed(dropout=0.5), {"x": torch.randn(8, 8), "y": torch.randn(8, 4)}
+
+    def losses(seed: int) -> list[float]:
+        par = autopar.parallelize(model, batch, dp=2, seed=seed)
+        found = train(lambda each: par.step(**each), par.parameters(), [batch] * 4)
+        generators = [rank.worker._chunks[0].stage.generator(False) for rank in par._ranks()._threads._ranks]  # type: ignore
+        assert generators[0].initial_seed() != generators[1].initial_seed()
+        par.close()
+        return [loss.item() for loss in found]
+
+    assert losses(0) == losses(0) != losses(1)
+
+
+def test_outputs_of_a_plain_process_are_of_the_whole_batch() -> None:
+    model, batch = built("gpt").eval(), batches_of("gpt", 1)[0]
+    par = autopar.parallelize(model, batch, dp=2, tp=2, pp=2, microbatches=2)
+    loss, logits = par(**batch)
+    expected_loss, expected_logits = model(**batch)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
+    par.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"mesh_order": ("pp", "tp")}, "mesh_order"),
+        ({"dp": 0}, "dp = 0"),
+        ({"dp": True}, "dp = True"),
+    ],
+)
+def test_degrees_and_orders_that_cannot_be(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadArgument, match=says):
+        autopar.parallelize(built("mixed"), batches_of("mixed", 1)[0], **arguments)
+
+
+def test_a_batch_with_fewer_rows_than_replicas() -> None:
+    par = autopar.parallelize(built("mixed"), batches_of("mixed", 1)[0], dp=4)
+    with pytest.raises(BadArgument, match=r"3 rows to split over dp = 4"):
+        par.step(**batches_of("mixed", 1, rows=3)[0])
+
+
+# ---- processes -----------------------------------------------------------------------------------------------
+
+
+def own_rows(batch: Batch, replica: int, replicas: int) -> Batch:
+    return {name: tensor.tensor_split(replicas)[replica] for name, tensor in batch.items()}
+
+
+def job(cases: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """One rank: per case (losses, whole parameters on rank 0); then what becomes of batches that do not fit."""
+    import os
+
+    rank = int(os.environ["RANK"])
+    report: dict[str, Any] = {}
+    for name, layout in cases:
+        batches = batches_of(name)
+        par = autopar.parallelize(built(name), own_rows(batches[0], 0, 2), **layout)
+        replica = par.plan.coords(rank)["dp"]
+        losses = train(lambda batch: par.step(**own_rows(batch, replica, 2)), par.parameters(), batches, eps=EPS)  # noqa: B023
+        state = par.state_dict()
+        report[str((name, layout))] = losses, par.full_state_dict(), {key: value.full_tensor() for key, value in state.items()}
+        par.close()
+    name, layout = cases[0]
+    batches = batches_of(name)
+    par = autopar.parallelize(built(name), batches[0], **layout)
+    replica = par.plan.coords(rank)["dp"]
+    bad: dict[str, Callable[[Batch], Batch]] = {
+        "other tokens": lambda batch: {key: value[:, : TOKENS - replica] for key, value in batch.items()},
+        "no rows": lambda batch: {key: value[: 2 * (1 - replica)] for key, value in batch.items()},
+        "another dtype": lambda batch: {key: value.float() if replica else value for key, value in batch.items()},
+    }
+    for what, change in bad.items():
+        try:
+            par.step(**change(batches[0]))
+        except BadArgument as error:
+            report[what] = str(error)
+    report["goes on"] = par.step(**own_rows(batches[0], replica, 2)).item()
+    report["another number of rows"] = par.step(**{key: value[: 6 - 5 * replica] for key, value in batches[0].items()}).item()
+    par.close()
+    return report
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("mixed", {"dp": 2, "pp": 2, "microbatches": 2}),
+    ("gpt", {"dp": 2, "tp": 2}),
+]
+
+
+def test_processes_train_as_one_device_does_and_refuse_batches_together() -> None:
+    ranks = autopar.launch(job, 4, CASES, timeout_seconds=240)
+    for name, layout in CASES:
+        for rank, found in enumerate(ranks):
+            losses, parameters, state = found[str((name, layout))]
+            assert losses == ranks[0][str((name, layout))][0], "one loss on all ranks"
+            if rank == 0:
+                of_losses, of_parameters = differences(losses, parameters, name)
+                assert of_losses <= LOSS_TOLERANCE
+                assert of_parameters <= PARAMETER_TOLERANCE
+            whole = ranks[0][str((name, layout))][1]
+            assert all(torch.equal(value, whole[key]) for key, value in state.items())
+    for what, says in {"other tokens": "different shapes", "no rows": "gets no data", "another dtype": "replica 1"}.items():
+        texts = [found[what] for found in ranks]
+        assert all(says in text for text in texts) or what == "another dtype", texts
+    model, batch = built("mixed"), batches_of("mixed", 1)[0]
+    expected = model_loss(model, batch).item()
+    assert all(abs(found["goes on"] - expected) <= LOSS_TOLERANCE for found in ranks)
+    both = {key: torch.cat([value[:6], value[:1]]) for key, value in batch.items()}
+    assert all(abs(found["another number of rows"] - model_loss(model, both).item()) <= LOSS_TOLERANCE for found in ranks)
+
+
+def lost(_: None) -> str:
+    """One replica ends before its second step; the others must not wait for it."""
+    import os
+
+    batch = batches_of("mixed", 1)[0]
+    par = autopar.parallelize(built("mixed"), batch, dp=2)
+    par.step(**batch)
+    if os.environ["RANK"] == "1":
+        return "ended"
+    with pytest.raises(RankFailed) as caught:
+        par.step(**batch)
+    return str(caught.value)
+
+
+def test_a_replica_that_has_ended_is_an_error_on_the_others() -> None:
+    found = autopar.launch(lost, 2, None, timeout_seconds=60)
+    assert "rank 1" in found[0]

@@ -40,13 +40,13 @@ def _even_cut(seconds: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
         )  # fmt: skip
     if num_stages == 1:
         return (count,)
+    # tables are [end, start], so that what is reduced over lies together: an order of magnitude, where threads are scarce
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64).cumsum(0)])
-    table = (sums.unsqueeze(0) - sums.unsqueeze(1)).masked_fill(
-        ~torch.ones(count + 1, count + 1, dtype=torch.bool).triu(1), float("inf")
-    )
-    best = table[0]
+    place = torch.arange(count + 1)
+    table = (sums.unsqueeze(1) - sums.unsqueeze(0)).masked_fill(place.unsqueeze(1) <= place.unsqueeze(0), float("inf"))
+    best = table[:, 0].contiguous()
     for _ in range(num_stages - 1):
-        best = torch.maximum(best.unsqueeze(1), table).amin(0)
+        best = torch.maximum(best, table).amin(1)
     bottleneck = float(best[-1])
     mean = float(sums[-1]) / num_stages
     price = ((table - mean) ** 2).masked_fill(table > bottleneck * SLACK, float("inf"))
@@ -54,11 +54,13 @@ def _even_cut(seconds: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
     total[0] = 0.0
     choices = []
     for _ in range(num_stages):
-        total, choice = (total.unsqueeze(1) + price).min(0)
-        choices.append(choice)
+        priced = total + price
+        choice = priced.argmin(1)
+        total = priced[place, choice]
+        choices.append(choice.tolist())
     ends = [count]
     for choice in reversed(choices):
-        ends.append(int(choice[ends[-1]]))
+        ends.append(choice[ends[-1]])
     ends.reverse()
     return tuple(b - a for a, b in pairwise(ends))
 
@@ -127,7 +129,8 @@ def stage_sums(
         found.append(
             StageSums(
                 **sums,
-                working_bytes=_working(units, counts), parameters=own + tied, largest_block_parameters=max(units[u].parameters for u in counts),
+                working_bytes=_working(units, counts), parameters=own + tied,
+                largest_block_parameters=max(units[u].parameters for u in counts),
                 sent_bytes=0.0 if last else end.sent_bytes, sent_whole_bytes=0.0 if last else end.sent_whole_bytes,
                 block_counts=tuple(counts.items()),
             )

@@ -48,7 +48,7 @@ def test_no_layout_of_the_space_is_faster_than_the_first_plan() -> None:
             count += 1
             if found.fits:
                 assert found.step_seconds >= min(best, kept) * 0.999, layout
-    assert count >= plans.evaluated > 100
+    assert count > 100 and count >= plans.evaluated > 10
 
 
 def test_plans_come_fastest_first_and_within_the_memory() -> None:

@@ -9,8 +9,8 @@ numeric costs takes milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -22,12 +22,33 @@ Amount: TypeAlias = int | float | sympy.Expr  # a count of FLOPs or bytes; a flo
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """The shape of a matrix product [m, k] x [k, n], `batch` times: what decides how well it fills a device.
+
+    `rows`: lengths of the operands' rows in memory, in elements (kernels load 16 bytes at once where they divide them). `fused`:
+    attention in one kernel, m queries and n keys of k features for each of `batch` heads.
+    """
+
+    m: Amount
+    n: Amount
+    k: Amount
+    batch: Amount = 1
+    rows: tuple[Amount, ...] = ()
+    fused: bool = False
+
+    def changed(self, change: Callable[[Amount], Amount]) -> Product:
+        """The product with `change` done to every size."""
+        sizes = (change(size) for size in (self.m, self.n, self.k, self.batch))
+        return Product(*sizes, tuple(map(change, self.rows)), self.fused)
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """FLOPs, bytes and kernels of a forward and the backward that follows it. Every field adds up over ops.
 
     `saved_bytes` is what eager autograd keeps from forward to backward, parameters excluded. `communicated_bytes`
     counts what collectives put on the wire per rank, forward and backward together. The kernel counts turn into launch
-    overhead.
+    overhead. The products say which shapes the FLOPs come in, where they are matrix products.
     """
 
     forward_flops: Amount = 0
@@ -40,6 +61,8 @@ class Cost:
     communicated_bytes: Amount = 0
     forward_kernels: int = 0
     backward_kernels: int = 0
+    forward_products: tuple[Product, ...] = ()
+    backward_products: tuple[Product, ...] = ()
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -53,14 +76,20 @@ class Cost:
             self.communicated_bytes + other.communicated_bytes,
             self.forward_kernels + other.forward_kernels,
             self.backward_kernels + other.backward_kernels,
+            self.forward_products + other.forward_products,
+            self.backward_products + other.backward_products,
         )
 
     def scaled(self, factor: Amount) -> Cost:
-        """The amounts of FLOPs and bytes multiplied by `factor` (a shard's share, say); the kernels stay: a shard
-        launches as many.
+        """The amounts of FLOPs and bytes multiplied by `factor` (a shard's share, say), products as so many of them; the kernels stay:
+        a shard launches as many.
         """
         values = [getattr(self, name) * factor for name in AMOUNTS]
-        return Cost(*[*values, self.forward_kernels, self.backward_kernels])
+        products = (
+            tuple(replace(product, batch=product.batch * factor) for product in side)
+            for side in (self.forward_products, self.backward_products)
+        )
+        return Cost(*values, self.forward_kernels, self.backward_kernels, *products)
 
     def at(self, sizes: Mapping[str, int]) -> Cost:
         """The cost with every symbolic size replaced by its number. BadArgument naming the size if one is missing."""
@@ -86,6 +115,8 @@ def total(costs: Iterable[Cost]) -> Cost:
     sums: list[Any] = [0] * len(AMOUNTS)
     terms: list[list[sympy.Expr]] = [[] for _ in AMOUNTS]
     forward_kernels = backward_kernels = 0
+    forward_products: list[Product] = []
+    backward_products: list[Product] = []
     for cost in costs:
         for index, name in enumerate(AMOUNTS):
             amount = getattr(cost, name)
@@ -95,8 +126,10 @@ def total(costs: Iterable[Cost]) -> Cost:
                 sums[index] += amount
         forward_kernels += cost.forward_kernels
         backward_kernels += cost.backward_kernels
+        forward_products += cost.forward_products
+        backward_products += cost.backward_products
     amounts = (sympy.Add(number, *exprs) if exprs else number for number, exprs in zip(sums, terms, strict=True))
-    return Cost(*[*amounts, forward_kernels, backward_kernels])
+    return Cost(*amounts, forward_kernels, backward_kernels, tuple(forward_products), tuple(backward_products))
 
 
 def number_at(amount: Amount, sizes: Mapping[str, int]) -> int | float:
@@ -121,4 +154,8 @@ def number_at(amount: Amount, sizes: Mapping[str, int]) -> int | float:
 def _substituted(cost: Cost, sizes: tuple[tuple[str, int], ...]) -> Cost:
     by_name = dict(sizes)
     amounts: list[Any] = [number_at(getattr(cost, name), by_name) for name in AMOUNTS]
-    return Cost(*[*amounts, cost.forward_kernels, cost.backward_kernels])
+    products = (
+        tuple(product.changed(lambda size: number_at(size, by_name)) for product in side)
+        for side in (cost.forward_products, cost.backward_products)
+    )
+    return Cost(*amounts, cost.forward_kernels, cost.backward_kernels, *products)

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import sympy
 
-from costmodel.cost import Amount, Cost
+from costmodel.cost import Amount, Cost, Product
 
 Size: TypeAlias = int | sympy.Expr
 STAT_BYTES = 4  # norms and attention keep their statistics in f32 whatever the dtype
@@ -185,6 +185,8 @@ class OpRow:
     backward_written: Formula = lambda call: call.gradient_bytes
     kernels: int = 1
     backward_kernels: Formula = lambda call: 1
+    products: Callable[[Call], tuple[Product, ...]] = lambda call: ()
+    backward_products: Callable[[Call], tuple[Product, ...]] = lambda call: ()
 
     def __call__(
         self,
@@ -195,8 +197,11 @@ class OpRow:
     ) -> Cost:
         call = Call(tuple(inputs), tuple(outputs), tuple(trainable), causal)
         flops, read, written = self.flops(call), self.read(call), self.written(call)
+        products = self.products(call)
         if not any(call.trainable):
-            return Cost(forward_flops=flops, read_bytes=read, written_bytes=written, forward_kernels=self.kernels)
+            return Cost(
+                forward_flops=flops, read_bytes=read, written_bytes=written, forward_kernels=self.kernels, forward_products=products
+            )
         saved = self.saves(call)
         backward_read = self.backward_read(call) if self.backward_read else _grads_and_saved(call, saved)
         kernels = self.backward_kernels(call)
@@ -210,6 +215,8 @@ class OpRow:
             saved_bytes=saved_bytes(call, saved),
             forward_kernels=self.kernels,
             backward_kernels=kernels,
+            forward_products=products,
+            backward_products=self.backward_products(call),
         )
 
 
@@ -264,9 +271,11 @@ def hands_gradient_on(flops_per_element: int = 0) -> OpRow:
     )
 
 
-def contraction(flops: Formula, left: int, right: int, *, right_is_weight: bool = False) -> OpRow:
+def contraction(
+    flops: Formula, left: int, right: int, *, right_is_weight: bool = False, shape: Callable[[Call], Product] | None = None
+) -> OpRow:
     """A matrix product of inputs `left` and `right`. Its gradient to either is a product as large as the forward's,
-    with the other operand.
+    with the other operand. `shape`: the sizes of the product, where the op is one.
 
     Inputs besides the two are biases: their gradient is the sum of the output's. Source of 2 m n k: Golub and Van Loan,
     section 1.1.
@@ -290,13 +299,47 @@ def contraction(flops: Formula, left: int, right: int, *, right_is_weight: bool 
         other = sum(call.inputs[read].num_bytes for wanted, read in partners if call.trainable[wanted])
         return other + call.output_bytes * (operands_wanted(call) + len(biases(call)))
 
+    def backward_products(call: Call) -> tuple[Product, ...]:
+        if shape is None:
+            return ()
+        one = shape(call)
+        to_left = Product(one.m, one.k, one.n, one.batch, one.rows)
+        to_right = Product(one.k, one.n, one.m, one.batch, one.rows)
+        return ((to_left,) if call.trainable[left] else ()) + ((to_right,) if call.trainable[right] else ())
+
     return OpRow(
         flops=flops,
         backward_flops=lambda call: flops(call) * operands_wanted(call) + call.outputs[0].numel * len(biases(call)),
         saves=saves,
         backward_read=backward_read,
         backward_kernels=lambda call: call.num_trainable,
+        products=lambda call: (shape(call),) if shape else (),
+        backward_products=backward_products,
     )
+
+
+def matmul(left: int, right: int, *, right_is_weight: bool = False) -> OpRow:
+    """A contraction of the last dim of input `left`: with a matrix, all rows in one product; with a batch of matrices, one each."""
+
+    def shape(call: Call) -> Product:
+        one, other, out = call.inputs[left].shape, call.inputs[right].shape, call.outputs[0].shape
+        if len(other) < 2:
+            return Product(product(out), 1, one[-1], rows=(one[-1],))
+        if len(other) < 3 or len(out) < 3:
+            return Product(product(out[:-1]), out[-1], one[-1], rows=(one[-1], out[-1]))
+        return Product(out[-2], out[-1], one[-1], product(out[:-2]), rows=(one[-1], out[-1]))
+
+    return contraction(matmul_flops(left), left, right, right_is_weight=right_is_weight, shape=shape)
+
+
+def convolution() -> OpRow:
+    """A convolution, as the matrix product that it is computed as: [batch and positions, in_channels and kernel] x [.., out_channels]."""
+
+    def shape(call: Call) -> Product:
+        out, weight = call.outputs[0].shape, call.inputs[1].shape
+        return Product(product((out[0], *out[2:])), weight[0], product(weight[1:]))
+
+    return contraction(convolution_flops, 0, 1, right_is_weight=True, shape=shape)
 
 
 def matmul_flops(left: int) -> Formula:
@@ -427,7 +470,18 @@ def _attention_saves(call: Call) -> Saved:
     return Saved(inputs=tuple(range(len(call.inputs))), outputs=(0,), extra_bytes=extra)
 
 
-ATTENTION = OpRow(flops=_attention_flops, backward_flops=_attention_backward_flops, saves=_attention_saves)
+def _attention_products(call: Call) -> tuple[Product, ...]:
+    query, key = call.inputs[0].shape, call.inputs[1].shape
+    return (Product(query[-2], key[-2], query[-1], product(query[:-2]), rows=(query[-1],), fused=True),)
+
+
+ATTENTION = OpRow(
+    flops=_attention_flops,
+    backward_flops=_attention_backward_flops,
+    saves=_attention_saves,
+    products=_attention_products,
+    backward_products=_attention_products,
+)
 
 
 # Norms, lookups and losses

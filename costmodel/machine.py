@@ -37,6 +37,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "multiprocessors": (1, 100_000),
     "dtype_efficiency": (0.001, 1.0),
     "fill_k": (0.0, 1e5),
+    "misaligned_efficiency": (0.001, 1.0),
+    "misaligned_batched_efficiency": (0.001, 1.0),
+    "attention_fill": (0.0, 1e5),
     "attention_forward_efficiency": (0.001, 1.0),
     "attention_backward_efficiency": (0.001, 1.0),
     "overlap_slowdown": (1.0, 10.0),
@@ -106,13 +109,18 @@ class Kernels:
 
     `multiprocessors`: output tiles computed at once (a wave). `fill_k`: steps of the contracted dim that filling and draining a tile's
     pipeline cost. `dtype_efficiency`: matmul efficiency where a dtype differs from `matmul_efficiency`.
-    `attention_forward_efficiency`, `attention_backward_efficiency`: of fused attention, of the peak (None: as a matmul).
+    `misaligned_efficiency`, `misaligned_batched_efficiency`: what is left of the rate where 16 bytes do not divide the rows of an operand.
+    `attention_forward_efficiency`, `attention_backward_efficiency`: of fused attention, of the peak (None: as a matmul);
+    `attention_fill`: keys (queries in backward) whose time a block's start and end take.
     `overlap_slowdown`: how much longer compute takes while a collective runs beside it.
     """
 
     multiprocessors: int = 1
     fill_k: float = 0.0
     dtype_efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
+    misaligned_efficiency: float = 1.0
+    misaligned_batched_efficiency: float = 1.0
+    attention_fill: float = 0.0
     attention_forward_efficiency: float | None = None
     attention_backward_efficiency: float | None = None
     overlap_slowdown: float = 1.0

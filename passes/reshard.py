@@ -21,9 +21,9 @@ from typing import Any, Protocol
 
 import torch
 
-from costmodel.collectives import all_gather_seconds, all_reduce_seconds, all_to_all_seconds, reduce_scatter_seconds
+from costmodel.collectives import AnyLink, all_gather_seconds, all_reduce_seconds, all_to_all_seconds, reduce_scatter_seconds
 from costmodel.errors import UnevenShard
-from costmodel.hardware import Hardware, Link
+from costmodel.hardware import Hardware
 from passes.placement import (
     Copied,
     Partial,
@@ -329,7 +329,7 @@ def find_reshard(have: Placement, want: Placement) -> Reshard | None:
     return _BY_KINDS.get((type(have), type(want)))
 
 
-def collective_seconds(collective: str, *, num_bytes: float, axis_size: int, link: Link) -> float:
+def collective_seconds(collective: str, *, num_bytes: float, axis_size: int, link: AnyLink) -> float:
     """Seconds of a named collective on a value of `num_bytes` whole bytes; 0 for ""."""
     return _SECONDS[collective](num_bytes=num_bytes, axis_size=axis_size, link=link) if collective else 0.0
 
@@ -341,7 +341,7 @@ def reshard_seconds(
     num_bytes: float,
     axis_size: int,
     hardware: Hardware,
-    link: Link,
+    link: AnyLink,
     trainable: bool,
     regroup: bool = True,
 ) -> float:

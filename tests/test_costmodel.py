@@ -386,6 +386,35 @@ COLLECTIVES = [
 ]
 
 
+TWO_LEVELS = HARDWARE["a100-80gb"]
+
+
+@pytest.mark.parametrize("function", COLLECTIVES)
+def test_collectives_over_two_levels_grow_smoothly_with_bytes_ranks_and_nodes(function: Callable[..., float]) -> None:
+    def seconds(num_bytes: float, size: int, stride: int = 1) -> float:
+        return function(num_bytes=num_bytes, axis_size=size, link=TWO_LEVELS.axis_link(size, stride))
+
+    sizes = [2.0**exponent for exponent in range(4, 34)]
+    for size, stride in ((8, 1), (16, 1), (64, 8), (512, 1), (256, 4)):
+        times = [seconds(num_bytes, size, stride) for num_bytes in sizes]
+        assert all(before < after <= 2 * before for before, after in zip(times, times[1:], strict=False))
+        assert seconds(1e6 + 1, size, stride) == pytest.approx(seconds(1e6, size, stride), rel=1e-5)
+        symbolic = function(num_bytes=4 * B, axis_size=size, link=TWO_LEVELS.axis_link(size, stride))
+        assert float(symbolic.subs({B: 500})) == pytest.approx(seconds(2000, size, stride))  # type: ignore[attr-defined]
+    assert seconds(1e9, 8) < seconds(1e9, 16) < seconds(1e9, 16, 8)  # one node; two nodes with eight ports; with one
+    assert function(num_bytes=1e9, axis_size=8, link=TWO_LEVELS.axis_link(8)) == pytest.approx(
+        function(num_bytes=1e9, axis_size=8, link=TWO_LEVELS.inside)
+    )
+
+
+def test_short_messages_go_by_tree_and_long_ones_by_ring() -> None:
+    link = TWO_LEVELS.axis_link(512, 1)
+    ring = 2 * (63 * link.across.latency_seconds + 448 * link.inside.latency_seconds)
+    assert collectives.all_reduce_seconds(num_bytes=8, axis_size=512, link=link) < ring / 5
+    expected = ring + 2 * 511 / 512 * 1e11 / (8 * link.across.bandwidth_bytes_per_second)
+    assert collectives.all_reduce_seconds(num_bytes=1e11, axis_size=512, link=link) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("function", COLLECTIVES)
 def test_collectives_cost_nothing_alone_and_take_expressions(function: Callable[..., float]) -> None:
     assert function(num_bytes=1e9, axis_size=1, link=LINK) == 0

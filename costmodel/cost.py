@@ -38,8 +38,8 @@ class Product:
 
     def changed(self, change: Callable[[Amount], Amount]) -> Product:
         """The product with `change` done to every size."""
-        sizes = (change(size) for size in (self.m, self.n, self.k, self.batch))
-        return Product(*sizes, tuple(map(change, self.rows)), self.fused)
+        rows = tuple(change(size) for size in self.rows)
+        return Product(change(self.m), change(self.n), change(self.k), change(self.batch), rows, self.fused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,12 @@ class Cost:
         """The amounts of FLOPs and bytes multiplied by `factor` (a shard's share, say), products as so many of them; the kernels stay:
         a shard launches as many.
         """
-        values = [getattr(self, name) * factor for name in AMOUNTS]
-        products = (
+        values = {name: getattr(self, name) * factor for name in AMOUNTS}
+        forward, backward = (
             tuple(replace(product, batch=product.batch * factor) for product in side)
             for side in (self.forward_products, self.backward_products)
         )
-        return Cost(*values, self.forward_kernels, self.backward_kernels, *products)
+        return replace(self, **values, forward_products=forward, backward_products=backward)
 
     def at(self, sizes: Mapping[str, int]) -> Cost:
         """The cost with every symbolic size replaced by its number. BadArgument naming the size if one is missing."""
@@ -128,8 +128,10 @@ def total(costs: Iterable[Cost]) -> Cost:
         backward_kernels += cost.backward_kernels
         forward_products += cost.forward_products
         backward_products += cost.backward_products
-    amounts = (sympy.Add(number, *exprs) if exprs else number for number, exprs in zip(sums, terms, strict=True))
-    return Cost(*amounts, forward_kernels, backward_kernels, tuple(forward_products), tuple(backward_products))
+    amounts = [sympy.Add(number, *exprs) if exprs else number for number, exprs in zip(sums, terms, strict=True)]
+    kernels = {"forward_kernels": forward_kernels, "backward_kernels": backward_kernels}
+    products = {"forward_products": tuple(forward_products), "backward_products": tuple(backward_products)}
+    return Cost(**dict(zip(AMOUNTS, amounts, strict=True)), **kernels, **products)  # type: ignore[arg-type]
 
 
 def number_at(amount: Amount, sizes: Mapping[str, int]) -> int | float:
@@ -153,9 +155,9 @@ def number_at(amount: Amount, sizes: Mapping[str, int]) -> int | float:
 @lru_cache(maxsize=16384)
 def _substituted(cost: Cost, sizes: tuple[tuple[str, int], ...]) -> Cost:
     by_name = dict(sizes)
-    amounts: list[Any] = [number_at(getattr(cost, name), by_name) for name in AMOUNTS]
-    products = (
+    amounts: dict[str, Any] = {name: number_at(getattr(cost, name), by_name) for name in AMOUNTS}
+    forward, backward = (
         tuple(product.changed(lambda size: number_at(size, by_name)) for product in side)
         for side in (cost.forward_products, cost.backward_products)
     )
-    return Cost(*amounts, cost.forward_kernels, cost.backward_kernels, *products)
+    return replace(cost, **amounts, forward_products=forward, backward_products=backward)

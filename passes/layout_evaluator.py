@@ -286,8 +286,8 @@ class Evaluator:
         row = STATE_PRECISIONS[layout.precision]
         gradient = row.gradient_bytes
         return (
-            collective_seconds("all_gather", num_bytes=numel * row.parameter_bytes, axis_size=count, link=link),  # type: ignore[arg-type]
-            collective_seconds("reduce_scatter", num_bytes=numel * gradient, axis_size=count, link=link),  # type: ignore[arg-type]
+            collective_seconds("all_gather", num_bytes=numel * row.parameter_bytes, axis_size=count, link=link),
+            collective_seconds("reduce_scatter", num_bytes=numel * gradient, axis_size=count, link=link),
         )
 
     # ---- one layout ---------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ class Evaluator:
         if layout.split_sends and layout.tp > 1 and stage.sent_whole_bytes:
             whole = stage.sent_whole_bytes
             num_bytes += whole / layout.tp - whole
-            gather = collective_seconds("all_gather", num_bytes=whole, axis_size=layout.tp, link=self._link(layout, "tp"))  # type: ignore[arg-type]
+            gather = collective_seconds("all_gather", num_bytes=whole, axis_size=layout.tp, link=self._link(layout, "tp"))
         return float(send_seconds(num_bytes=num_bytes, link=slowest)) + gather
 
     def _pipeline_seconds(self, layout: Layout, cut: _Stages, row: Schedule, send: float, exact: bool) -> float:
@@ -383,12 +383,12 @@ class Evaluator:
         later = 0.0  # how much longer the ranks before this one run
         for rank in cut.ranks:
             sums = collective_seconds(
-                "all_reduce" if layout.zero == 0 else "reduce_scatter", num_bytes=rank.parameters * each, axis_size=count, link=link  # type: ignore[arg-type]
+                "all_reduce" if layout.zero == 0 else "reduce_scatter", num_bytes=rank.parameters * each, axis_size=count, link=link
             )
             gathers = 0.0
             if layout.zero:
                 gathers = collective_seconds(
-                    "all_gather", num_bytes=rank.parameters * row.parameter_bytes, axis_size=count, link=link  # type: ignore[arg-type]
+                    "all_gather", num_bytes=rank.parameters * row.parameter_bytes, axis_size=count, link=link
                 )
             left = sums + gathers
             if "dp" in layout.overlap:

@@ -21,7 +21,13 @@ from typing import Any, Protocol
 
 import torch
 
-from costmodel.collectives import AnyLink, all_gather_seconds, all_reduce_seconds, all_to_all_seconds, reduce_scatter_seconds
+from costmodel.collectives import (
+    AnyLink,
+    all_gather_seconds,
+    all_reduce_seconds,
+    all_to_all_seconds,
+    reduce_scatter_seconds,
+)
 from costmodel.errors import UnevenShard
 from costmodel.hardware import Hardware
 from passes.placement import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -397,7 +398,7 @@ def test_collectives_over_two_levels_grow_smoothly_with_bytes_ranks_and_nodes(fu
     sizes = [2.0**exponent for exponent in range(4, 34)]
     for size, stride in ((8, 1), (16, 1), (64, 8), (512, 1), (256, 4)):
         times = [seconds(num_bytes, size, stride) for num_bytes in sizes]
-        assert all(before < after <= 2 * before for before, after in zip(times, times[1:], strict=False))
+        assert all(before < after <= 2 * before for before, after in itertools.pairwise(times))
         assert seconds(1e6 + 1, size, stride) == pytest.approx(seconds(1e6, size, stride), rel=1e-5)
         symbolic = function(num_bytes=4 * B, axis_size=size, link=TWO_LEVELS.axis_link(size, stride))
         assert float(symbolic.subs({B: 500})) == pytest.approx(seconds(2000, size, stride))  # type: ignore[attr-defined]

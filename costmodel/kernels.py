@@ -20,7 +20,7 @@ from costmodel.machine import Hardware
 # tile_m, tile_n; square and oblong ones of CUTLASS's and cuBLAS's default set
 _TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 _TILE_LOAD = 20.0  # CUTLASS profiler, A100 f16: 128 x 128 at 0.94, 64 x 64 at 0.76 of 256 x 128
-_SPLITS = (1, 2, 4, 8)
+_SPLITS = (1, 2, 4, 8, 16, 32, 64, 128)
 _QUERY_BLOCK = 128  # rows of queries that a block of fused attention holds
 _ROW_BYTES = 16  # one load of a thread
 ELEMENT_BYTES = {"f64": 8, "f32": 4, "tf32": 4, "bf16": 2, "f16": 2, "fp8": 1}

@@ -124,6 +124,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tp", type=degree_or_auto, default=1, metavar="N", help="tensor-parallel ranks a stage, or auto (default 1)")
     group.add_argument("--pp", type=degree_or_auto, default=1, metavar="N", help="pipeline stages, or auto (default 1)")
     group.add_argument("--dp", type=degree_or_auto, default=1, metavar="N", help="data-parallel replicas, or auto (default 1)")
+    group.add_argument("--zero", type=int, choices=range(4), default=0, metavar="N", help="ZeRO stage: what replicas share out (default 0)")
     group.add_argument("--gpus", type=degree, metavar="N", help="ranks that auto degrees are for (default: this machine's)")
     group.add_argument("--microbatches", type=degree, metavar="N", help="parts of the batch (default: chosen)")
     group.add_argument(
@@ -197,6 +198,7 @@ def layout(arguments: argparse.Namespace, target: Target) -> dict[str, Any]:
         "schedule": arguments.schedule,
         "virtual_stages": arguments.virtual_stages,
         "recompute": arguments.recompute,
+        "zero": arguments.zero,
         "hardware": hardware_of(arguments),
     }
     if not is_auto(options):
@@ -252,6 +254,7 @@ def given_options(arguments: argparse.Namespace) -> list[str]:
         "tp": 1,
         "pp": 1,
         "dp": 1,
+        "zero": 0,
         "gpus": None,
         "microbatches": None,
         "schedule": "1f1b",

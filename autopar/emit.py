@@ -358,6 +358,7 @@ def emit_program(plan: Plan, rank: int) -> str:
     numbers = " and ".join(str(stage.index) for stage in stages)
     text = re.sub(r"#.*", "", "\n".join((*class_texts, weights_text)))
     placed = f"\nSTAGE_RANKS = {plan.stage_ranks!r}" if len(stages) > 1 else ""
+    zero = f"\nZERO = {plan.zero}" if plan.zero else ""
     parts = [
         f'"""Rank {rank} of {plan.num_ranks}: pipeline stage{"s" if len(stages) > 1 else ""} {numbers} of {len(plan.stages)}'
         f'{shard}. Emitted by autopar from {plan.model} (plan {plan.identity})."""',
@@ -371,7 +372,7 @@ def emit_program(plan: Plan, rank: int) -> str:
                 *(["", "aten = torch.ops.aten"] if "aten." in text else []),
             ]
         ).strip("\n"),
-        f"MESH = {_json_dict(plan.mesh)}\nCOORDS = {_json_dict(coords)}\nBATCH = {_json_dict(plan.inputs)}{placed}",
+        f"MESH = {_json_dict(plan.mesh)}\nCOORDS = {_json_dict(coords)}\nBATCH = {_json_dict(plan.inputs)}{placed}{zero}",
     ]
     body = parts[0] + "\n" + parts[1] + "\n\n" + parts[2] + "\n"
     for class_text in (*class_texts, *([weights_text] if weights_text else [])):

@@ -21,6 +21,7 @@ from passes.shard import SequenceParallel
 # The axes of the mesh, the outermost first: tensor-parallel ranks, which talk in every layer, are next to each other; replicas, which talk
 # once a step, come around them, and stages, which exchange activations only, around all.
 MESH_ORDER = ("pp", "dp", "tp")
+MOST_ZERO = 2  # the last ZeRO stage that there is
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ def checked_options(
         isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1
     ):
         raise BadArgument(f"microbatches = {microbatches!r}", use="a positive integer, or None")
-    for name, value, only in (
-        ("zero", zero, 0),
-        ("precision", precision, "fp32"),
-    ):
+    if isinstance(zero, bool) or not isinstance(zero, int) or not 0 <= zero <= MOST_ZERO:
+        more = f"zero = {zero!r} is not supported by this version" if zero == 3 else f"zero = {zero!r} is no ZeRO stage"
+        raise BadArgument(more, use=f"0 to {MOST_ZERO}")
+    for name, value, only in (("precision", precision, "fp32"),):
         if value != only:
             raise BadArgument(f"{name} = {value!r} is not supported by this version", use=f"{name}={only!r}")
     if not isinstance(model, nn.Module):
@@ -84,7 +85,7 @@ def checked_options(
     return Options(
         dict(plan.mesh) if plan is not None else mesh, microbatches, schedule, loss_fn, profile_for(hardware, model),
         Overrides.of(overrides), plan, sequence_parallel, _device(device, model), seed, virtual_stages, compile, recompute,
-        zero,
+        zero if dp > 1 else 0,
     )  # fmt: skip
 
 

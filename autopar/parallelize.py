@@ -69,7 +69,8 @@ def parallelize(
     the cost model finds it cheaper), True. recompute: what backward computes again instead of keeping it: "none", "selective" (what is
     cheap for the bytes it frees), "full" (layers keep only their inputs), or the most bytes that a rank may hold. hardware: a
     profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
-    dp: replicas of the model, each with a batch of its own; mesh_order: the axes of the mesh, the outermost first.
+    dp: replicas of the model, each with a batch of its own; zero: what they share out: 0 nothing, 1 optimizer state, 2 gradients too
+    (`parameters()` are then this replica's parts of them). mesh_order: the axes of the mesh, the outermost first.
     "auto" as tp, pp, dp, microbatches, schedule, recompute or zero leaves that decision to `autopar.search` over the ranks of this job
     (those launched; in a plain process the GPUs, or the cores). plan: a saved plan of this model to use as it is.
     device: where ranks compute (None: where the model is). seed: for dropout.
@@ -157,8 +158,7 @@ class ParallelModel:
             self._plan = make_plan(
                 self._traced, mesh=options.mesh, microbatches=options.microbatches, schedule=options.schedule, hardware=options.hardware,
                 model_name=model_name(self._model), overrides=options.overrides, sequence_parallel=options.sequence_parallel,
-                recompute=options.recompute,
-                virtual_stages=options.virtual_stages,
+                recompute=options.recompute, virtual_stages=options.virtual_stages, zero=options.zero,
             )  # fmt: skip
         return self._traced
 
@@ -274,7 +274,7 @@ class ParallelModel:
                 traced, mesh=self._options.mesh, microbatches=max(1, min(self.plan.microbatches, rows)), schedule=self.plan.schedule,
                 hardware=self._options.hardware, model_name=self.plan.model, overrides=as_planned(self.plan, traced),
                 sequence_parallel=self._options.sequence_parallel, virtual_stages=self.plan.virtual_stages,
-                recompute=self.plan.recompute,
+                recompute=self.plan.recompute, zero=self.plan.zero,
             )  # fmt: skip
             self._check_held(plan)
         except AutoparError as error:
@@ -393,7 +393,11 @@ class ParallelModel:
     # ---- parameters -------------------------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's shards under the user's names. In a plain process with several ranks: all ranks' shards, `rank 2: name`."""
+        """This rank's shards under the user's names. In a plain process with several ranks: all ranks' shards, `rank 2: name`.
+
+        With zero >= 1: of each trained parameter this replica's part, flat but for dims of size 1, to hand to an optimizer that treats
+        every element by itself. What it changes is in the next step, output and state dict, which all ranks then have to ask for.
+        """
         return self._ranks().named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -111,6 +111,7 @@ class Plan:
     virtual_stages: int  # stages a pipeline rank
     stage_ranks: tuple[int, ...]  # the pipeline rank of each stage
     loss_weight_records: Sequence[Mapping[str, Any]] | None = field(repr=False, default=None)
+    zero: int = 0  # what data-parallel replicas share out: 1 optimizer state, 2 gradients too
     recompute: str | int = "none"  # "none", "selective", "full", or the most bytes a rank was to hold
 
     # ---- what the decisions give ------------------------------------------------------------------------------------
@@ -313,6 +314,7 @@ class Plan:
         return {
             "format": FORMAT,
             **{name: getattr(self, name) for name in plain},
+            **({"zero": self.zero} if self.zero else {}),
             **{name: dict(getattr(self, name)) for name in maps},
             "weights": dict(self.parameter_notation),
             "predicted": asdict(self.predicted),
@@ -358,7 +360,7 @@ class Plan:
             mesh = dict(values["mesh"])
             stages = tuple(_stage_from_json(record) for record in values["stages"])
             plain = _PLAIN
-            given: dict[str, Any] = {name: values[name] for name in plain}
+            given: dict[str, Any] = {name: values[name] for name in plain} | {"zero": int(values.get("zero", 0))}
             given |= {name: dict(values[name]) for name in ("sizes", "inputs", "aliases", "collectives")}
             return cls(
                 **given,

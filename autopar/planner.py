@@ -71,7 +71,7 @@ def as_planned(plan: Plan, traced: Traced) -> Overrides:
 def make_plan(
     traced: Traced, *, mesh: Mapping[str, int], microbatches: int | None, schedule: str, hardware: Hardware, model_name: str,
     overrides: Overrides | None = None, sequence_parallel: SequenceParallel = False, virtual_stages: int | None = None,
-    recompute: str | int = "none",
+    recompute: str | int = "none", zero: int = 0,
 ) -> Plan:  # fmt: skip
     """The plan for a mesh. BadArgument, TooManyStages or NoLegalSharding where it cannot be; DoesNotFit for `recompute` in bytes."""
     pp, tp = mesh["pp"], mesh["tp"]
@@ -162,7 +162,7 @@ def make_plan(
         collectives=_collectives(local), predicted=predicted,
         notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes), exact, tied_bytes, stage_ranks, hardware, parameter_notation,
             mesh)),
-        tied_exact=exact, gradient_edges=tuple(gradient_edges), virtual_stages=virtual, stage_ranks=stage_ranks,
+        tied_exact=exact, gradient_edges=tuple(gradient_edges), virtual_stages=virtual, stage_ranks=stage_ranks, zero=zero,
         loss_weight_records=graph_to_json(weighted.weights.graph) if weighted.weights is not None else None,
     ), pricing, recompute)  # fmt: skip
 

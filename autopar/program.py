@@ -11,6 +11,7 @@ with a loss the function `loss_weights`. It runs under the runtime's Worker; it 
 - `LOSS_STAGE` (optional): the stage whose outputs hold `loss`; the last if it is missing.
 - `STAGE_RANKS` (where a rank has several stages): the pipeline rank of every stage. A program's classes are the stages
   of its rank, in ascending order.
+- `ZERO` (where data-parallel replicas share out the optimizer's work): the ZeRO stage.
 - `EVALUATION` (where a rank has several stages): the instructions of a forward pass without gradients.
 """
 
@@ -190,6 +191,7 @@ class Program:
     loss_stage: int = -1
     stage_ranks: tuple[int, ...] = ()
     evaluation: tuple[Instruction, ...] | None = None
+    zero: int = 0
     filename: str = ""
     source: str = field(default="", repr=False)
 
@@ -289,6 +291,7 @@ def load_program(source_text: str, filename: str) -> Program:
         loss_stage=names.get("LOSS_STAGE", len(stage_ranks) - 1),
         stage_ranks=stage_ranks,
         evaluation=tuple(names["EVALUATION"]) if "EVALUATION" in names else None,
+        zero=int(names.get("ZERO", 0)),
         filename=filename,
         source=source_text,
     )

@@ -19,6 +19,7 @@ from autopar.runtime.axis import TransferFailed
 from autopar.runtime.board import padded
 from autopar.runtime.compiled import Compile
 from autopar.runtime.outputs import join
+from autopar.runtime.parameter_shards import ParameterShards, joined
 from autopar.runtime.record import RankRecord
 from autopar.runtime.threads import ThreadRanks
 from autopar.runtime.worker import Worker
@@ -79,9 +80,11 @@ def _state(traced: Traced) -> Mapping[str, torch.Tensor]:
 
 
 def _counts_here(plan: Plan, coords: Mapping[str, int], name: str) -> bool:
-    """True if this rank's piece is the one to count in a norm: one replica's, one copy of a whole tensor, the first stage of a tied one."""
+    """True if this rank's piece is the one to count in a norm: one replica's (with ZeRO each one's part), one copy of a whole tensor, the
+    first stage of a tied one.
+    """
     first = plan.stages[stage_of_parameter(plan)[name]]
-    if plan.stage_ranks[first.index] != coords["pp"] or coords.get("dp", 0) != 0:
+    if plan.stage_ranks[first.index] != coords["pp"] or (coords.get("dp", 0) != 0 and not plan.zero):
         return False
     return split_axis(first.parameters[name], plan) is not None or coords.get("tp", 0) == 0
 
@@ -112,6 +115,13 @@ def _loadable(plan: Plan, traced: Traced, state_dict: Mapping[str, torch.Tensor]
         if name in by_first:
             check_shape(name, by_first[name], [int(size) for size in parse_notation(text, tuple(plan.mesh))[0]])
     return {name: by_first[name] for name in wanted if name in by_first}
+
+
+def _shards_of(plan: Plan, rank: int, parameters: Mapping[str, nn.Parameter]) -> ParameterShards | None:
+    """This rank's shards over dp of its parameters; None where it holds them whole."""
+    if not plan.zero or "dp" not in plan.mesh:
+        return None
+    return ParameterShards(parameters, plan.mesh["dp"], plan.coords(rank)["dp"])
 
 
 def _assign(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -151,13 +161,17 @@ class ThreadedRanks:
             ]
             self.parameters_of = [parameters for parameters, _ in pairs]
             self.buffers_of = [buffers for _, buffers in pairs]
+            self.shards_of = self._sharded()
         else:
-            self.parameters_of = like.parameters_of
+            self.parameters_of, self.shards_of = like.parameters_of, like.shards_of
             self.buffers_of = [
                 _shared_buffers(plan, traced, rank, device, shared) for rank, shared in enumerate(like.buffers_of)
             ]
         self._threads: ThreadRanks | None = None
         self._training = True
+
+    def _sharded(self) -> list[ParameterShards | None]:
+        return [_shards_of(self.plan, rank, parameters) for rank, parameters in enumerate(self.parameters_of)]
 
     def _started(self) -> ThreadRanks:
         if self._threads is None:
@@ -173,6 +187,7 @@ class ThreadedRanks:
                 device=self.device,
                 seed=self.seed,
                 compile=self.compile,
+                shards_per_rank=self.shards_of,
             )
         return self._threads
 
@@ -214,14 +229,15 @@ class ThreadedRanks:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         alone = self.plan.num_ranks == 1
         for rank, parameters in enumerate(self.parameters_of):
-            for name, parameter in parameters.items():
+            shards = self.shards_of[rank]
+            for name, parameter in {**parameters, **(shards.of if shards is not None else {})}.items():
                 yield (name if alone else f"rank {rank}: {name}"), parameter
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         squares = [
             parameter.grad.double().square().sum()
-            for rank, parameters in enumerate(self.parameters_of)
-            for name, parameter in parameters.items()
+            for rank, (parameters, shards) in enumerate(zip(self.parameters_of, self.shards_of, strict=True))
+            for name, parameter in (parameters if shards is None else shards.of).items()
             if parameter.grad is not None and _counts_here(self.plan, self.plan.coords(rank), name)
         ]
         norm = torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
@@ -238,9 +254,18 @@ class ThreadedRanks:
         """A whole parameter or buffer (or with of="grad" its gradient) from its first stage's ranks; None for no gradient."""
         stage = stage_of_parameter(self.plan)[name]
         pieces = []
-        for rank in self._ranks_of(stage):
+        for place, rank in enumerate(self._ranks_of(stage)):
             tensor = {**self.parameters_of[rank], **self.buffers_of[rank]}[name]
             piece = tensor.grad if of == "grad" else tensor.detach()
+            shards = [
+                held.of[name] for replica in range(self.plan.mesh.get("dp", 1))
+                if (held := self.shards_of[self._ranks_of(stage, replica)[place]]) is not None and name in held.of
+            ]  # fmt: skip
+            if shards and of == "grad":
+                parts = [shard.grad for shard in shards if shard.grad is not None]
+                piece = joined(parts, tensor.shape) if parts else None
+            elif shards:
+                piece = joined(shards, tensor.shape)
             if piece is None:
                 return None
             pieces.append(piece)
@@ -273,6 +298,8 @@ class ThreadedRanks:
                         tensors[name] = _assign(
                             tensors[name], local_piece(values[name], wanted[name], self.plan, coords)
                         )  # type: ignore[assignment]
+        if any(shards is not None and shards.on_meta for shards in self.shards_of):
+            self.shards_of[:] = self._sharded()
 
     def close(self) -> None:
         if self._threads is not None:
@@ -304,8 +331,9 @@ class ProcessRank:
             self.parameters, self.buffers = local_tensors(
                 plan, self.rank, _state(traced), self.world.device, _requires_grad(traced)
             )
+            self.shards = _shards_of(plan, self.rank, self.parameters)
         else:
-            self.parameters = like.parameters
+            self.parameters, self.shards = like.parameters, like.shards
             self.buffers = _shared_buffers(plan, traced, self.rank, self.world.device, like.buffers)
         placed, others = plan.rank_state(self.rank)
         self._texts = {**placed, **others}
@@ -318,7 +346,7 @@ class ProcessRank:
             require_values([*self.parameters.items(), *self.buffers.items()])
             self._worker = Worker(
                 _program(self.plan, self.rank), self.world, self.parameters, self.buffers,
-                seed=self.seed, compile=self.compile,
+                seed=self.seed, compile=self.compile, shards=self.shards,
             )  # fmt: skip
         return self._worker
 
@@ -363,21 +391,26 @@ class ProcessRank:
         self._training = mode
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self.parameters.items()
+        yield from {**self.parameters, **(self.shards.of if self.shards is not None else {})}.items()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for name, parameter in self.parameters.items():
+        for name, parameter in (self.parameters if self.shards is None else self.shards.of).items():
             if parameter.grad is not None and _counts_here(self.plan, self.coords, name):
                 total += parameter.grad.double().square().sum()
         for name in self.plan.mesh:
             total = self.world.axis(name).all_reduce(total)
         norm = total.sqrt().float()
-        _scale_gradients(list(self.parameters.values()), norm, max_norm)
+        _scale_gradients([parameter for _, parameter in self.named_parameters()], norm, max_norm)
         return norm
 
     def reductions(self) -> dict[str, int]:
         return dict(self.worker.reductions)
+
+    def _refresh(self) -> None:
+        """Bring whole parameters up to date with all replicas' shards. All ranks take part."""
+        if self.shards is not None and not self.shards.on_meta:
+            self.shards.refresh(self.world.axis("dp"))
 
     def _pieces(self, name: str) -> torch.Tensor:
         """The pieces of a tensor that this rank holds, [axis size, ...]; all ranks of its pipeline rank take part."""
@@ -401,6 +434,7 @@ class ProcessRank:
 
     def whole_tensors(self) -> Tensors | None:
         """Rank 0 gets them all, one at a time, and puts them together; None on the others, which hold one parameter's pieces at most."""
+        self._refresh()
         found: Tensors = {}
         collects = self.rank == 0
         sends = not collects and all(coord == 0 for axis, coord in self.coords.items() if axis != "pp")
@@ -440,6 +474,7 @@ class ProcessRank:
 
         if not dist.is_initialized():
             return {name: tensor.detach() for name, tensor in {**self.parameters, **self.buffers}.items()}
+        self._refresh()
         mesh = self._device_mesh
         found: Tensors = {}
         for name, tensor in {**self.parameters, **self.buffers}.items():
@@ -479,6 +514,8 @@ class ProcessRank:
                     tensors[name] = _assign(
                         tensors[name], local_piece(whole.to(self.world.device), wanted[name], self.plan, self.coords)
                     )  # type: ignore[assignment]
+        if self.shards is not None and self.shards.on_meta:
+            self.shards = _shards_of(self.plan, self.rank, self.parameters)
 
     def close(self) -> None:
         self.world.close()

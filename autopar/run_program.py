@@ -23,6 +23,8 @@ import torch.distributed as dist
 from autopar.emit_files import PLAN_FILE, load_weights, read_program, save_weights, weights_file
 from autopar.plan import Plan
 from autopar.program import Program
+from autopar.runtime.batch import BatchTypes
+from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.worker import Worker
 from autopar.runtime.world import World, check_world_size
 from autopar.state import check_shape, local_piece
@@ -48,7 +50,7 @@ def _parser(folder: Path, num_ranks: int) -> argparse.ArgumentParser:
         "--data",
         metavar="FILE",
         required=True,
-        help="the batches to train on, used again from the first when they are over",
+        help="the batches to train on (of all replicas), used again from the first when they are over",
     )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
@@ -104,18 +106,22 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
             name: torch.nn.Parameter(p.detach().to(world.device), requires_grad=p.requires_grad)
             for name, p in parameters.items()
         }
+        shards = ParameterShards(parameters, program.mesh["dp"], program.coords["dp"]) if program.zero else None
         worker = Worker(
-            program, world, parameters, {name: b.to(world.device) for name, b in buffers.items()}, seed=arguments.seed
-        )
-        trained = [p for p in parameters.values() if p.requires_grad]
+            program, world, parameters, {name: b.to(world.device) for name, b in buffers.items()}, seed=arguments.seed,
+            shards=shards,
+        )  # fmt: skip
+        trained = [p for p in (parameters if shards is None else shards.of).values() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=arguments.lr) if trained else None
         for step in range(arguments.steps or len(batches)):
-            loss = worker.step(batches[step % len(batches)])
+            of_replicas = BatchTypes(program.batch, 1).over_replicas(batches[step % len(batches)], program.mesh.get("dp", 1))
+            loss = worker.step(of_replicas[program.coords.get("dp", 0)])
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
             if rank == 0:
                 print(f"step {step}: loss {loss.item():.9g}", flush=True)
+        worker.refresh()
         if arguments.save:
             save_weights(folder, rank, worker.parameters, worker.buffers)
     finally:

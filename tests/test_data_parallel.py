@@ -7,6 +7,7 @@ Tolerances: losses of 20 AdamW steps within 1e-5 of the untouched model's (large
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -106,12 +107,19 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
         {"dp": 2, "pp": 2, "schedule": "zb-v", "microbatches": 3},
         {"dp": 2, "pp": 2, "tp": 2, "microbatches": 2},
         {"dp": 2, "pp": 2, "tp": 2, "microbatches": 2, "mesh_order": ("dp", "tp", "pp")},
+        {"dp": 2, "zero": 1},
+        {"dp": 3, "zero": 2},
+        {"dp": 2, "tp": 2, "zero": 2},
+        {"dp": 2, "pp": 2, "schedule": "zb-h1", "microbatches": 3, "zero": 2},
+        {"dp": 2, "pp": 2, "schedule": "interleaved-1f1b", "microbatches": 2, "zero": 1},
+        {"dp": 2, "pp": 2, "tp": 2, "microbatches": 2, "zero": 1},
     )
 ]
 
 
 def _quick(name: str, layout: dict[str, Any]) -> bool:
-    return (name == "mixed" and ("schedule" not in layout or layout["schedule"] == "zb-h1")) or layout == {"dp": 2}
+    few = layout.get("zero") != 1 and math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "dp")) < 8
+    return (name == "mixed" and few and layout.get("schedule", "zb-h1") == "zb-h1") or layout == {"dp": 2}
 
 
 @pytest.mark.parametrize(("name", "layout"), wide(LAYOUTS, _quick), ids=str)
@@ -127,7 +135,10 @@ def test_replicas_train_as_one_device_does_on_all_their_batches(name: str, layou
 
 def test_each_gradient_is_reduced_once_a_step_whatever_the_number_of_microbatches() -> None:
     batch = batches_of("mixed", 1)[0]
-    for layout in ({"microbatches": 1}, {"pp": 2, "microbatches": 3}, {"pp": 2, "microbatches": 3, "schedule": "zb-h1"}):
+    for layout in (
+        {"microbatches": 1}, {"pp": 2, "microbatches": 3}, {"pp": 2, "microbatches": 3, "schedule": "zb-h1"},
+        {"pp": 2, "microbatches": 3, "zero": 2},
+    ):  # fmt: skip
         par = autopar.parallelize(built("mixed"), batch, dp=2, **layout)
         for _ in range(2):
             par.step(**batch)
@@ -157,10 +168,11 @@ def test_reductions_begin_while_the_last_microbatch_goes_backward() -> None:
     assert events.index("backward over") >= 3, events
 
 
-def test_gradients_of_several_steps_add_up() -> None:
+@pytest.mark.parametrize("zero", [0, 2])
+def test_gradients_of_several_steps_add_up(zero: int) -> None:
     model, batches = built("mixed"), batches_of("mixed", 2)
     reference = copy.deepcopy(model)
-    par = autopar.parallelize(model, batches[0], dp=2, pp=2, microbatches=2)
+    par = autopar.parallelize(model, batches[0], dp=2, pp=2, microbatches=2, zero=zero)
     for batch in batches:
         par.step(**batch)
         model_loss(reference, batch).backward()
@@ -173,6 +185,79 @@ def test_gradients_of_several_steps_add_up() -> None:
     norm = par.clip_grad_norm_(0.1)
     torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.1), rtol=1e-5, atol=0.0)
     par.close()
+
+
+def test_parameters_are_each_replicas_part_and_keep_their_number_of_dims() -> None:
+    model, batch = built("mixed"), batches_of("mixed", 1)[0]
+    par = autopar.parallelize(model, batch, dp=3, zero=1)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name != "unused"}
+    held = dict(par.named_parameters())
+    for name, parameter in trained.items():
+        shards = [held[f"rank {rank}: {name}"] for rank in range(3)]
+        assert {shard.ndim for shard in shards} == {max(1, parameter.ndim)}
+        assert shards[0].numel() == -(-parameter.numel() // 3)
+        assert sum(shard.numel() for shard in shards) == parameter.numel()
+    optimizer = torch.optim.AdamW(par.parameters())
+    par.step(**batch)
+    optimizer.step()
+    optimizer_numel = sum(state["exp_avg"].numel() for state in optimizer.state.values())
+    assert optimizer_numel == sum(parameter.numel() for parameter in trained.values())
+    assert all(p.grad is None for rank in par._ranks().parameters_of for p in rank.values()), "no whole gradient is kept"  # type: ignore[attr-defined]
+    changed = {key: value + 1 for key, value in par.full_state_dict().items()}
+    par.load_state_dict(changed)
+    for key, value in par.full_state_dict().items():
+        assert key == "unused" or torch.equal(value, changed[key]), key
+    par.close()
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"lr": 1e-3, "momentum": 0.9}, {"lr": 1e-3, "foreach": True}], ids=str)
+def test_elementwise_optimizers_update_shards(options: dict[str, Any]) -> None:
+    batch = batches_of("mixed", 1)[0]
+    par = autopar.parallelize(built("mixed"), batch, dp=2, zero=1)
+    optimizer = torch.optim.SGD(par.parameters(), **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2)  # replaces optimizer.step
+    par.step(**batch)
+    optimizer.step()
+    schedule.step()
+    par.close()
+
+
+class Layerwise(torch.optim.Optimizer):
+    """Scales each update by the parameter's norm, as LARS and LAMB do."""
+
+    def __init__(self, parameters: Any, lr: float = 1e-2) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= group["lr"] * parameter.norm() * parameter.grad
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Layerwise,
+        lambda parameters: torch.optim.Adafactor(parameters),
+        lambda parameters: torch.optim.LBFGS(list(parameters)),
+        lambda parameters: Layerwise(parameters, lr=0.0),
+    ],
+)  # fmt: skip
+def test_an_optimizer_that_is_not_elementwise_is_refused_with_shards_alone(make: Any) -> None:
+    batch = batches_of("mixed", 1)[0]
+    par = autopar.parallelize(built("mixed"), batch, dp=2, zero=1)
+    optimizer = make(par.parameters())
+    par.step(**batch)
+    before = par.full_state_dict()
+    with pytest.raises(BadArgument, match=f"{type(optimizer).__name__} cannot update shards"):
+        optimizer.step(*([lambda: 0.0] if isinstance(optimizer, torch.optim.LBFGS) else []))
+    assert all(torch.equal(value, before[key]) for key, value in par.full_state_dict().items())
+    par.close()
+    alone = built("mixed")
+    model_loss(alone, batch).backward()
+    make([alone.head.weight]).step(*([lambda: 0.0] if isinstance(optimizer, torch.optim.LBFGS) else []))
 
 
 class Normed(nn.Module):
@@ -227,6 +312,9 @@ def test_outputs_of_a_plain_process_are_of_the_whole_batch() -> None:
         ({"mesh_order": ("pp", "tp")}, "mesh_order"),
         ({"dp": 0}, "dp = 0"),
         ({"dp": True}, "dp = True"),
+        ({"dp": 2, "zero": 4}, "zero = 4"),
+        ({"zero": True}, "zero = True"),
+        ({"zero": -1}, "zero = -1"),
     ],
 )
 def test_degrees_and_orders_that_cannot_be(arguments: dict[str, Any], says: str) -> None:
@@ -284,6 +372,7 @@ def job(cases: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("mixed", {"dp": 2, "pp": 2, "microbatches": 2}),
     ("gpt", {"dp": 2, "tp": 2}),
+    ("mixed", {"dp": 2, "pp": 2, "microbatches": 2, "zero": 2}),
 ]
 
 

@@ -120,12 +120,12 @@ class _TiedSum:
 class GradientSums:
     """The gradients of one rank's stages (classes by number) that several ranks have parts of. False if there are none.
 
-    `replicas`: their sums over data parallelism; None where there is one replica.
+    `replicas`: their sums over data parallelism; None where there is one replica. `shards`: as `ReplicaSums` takes them.
     """
 
     def __init__(
         self, world: World, stages: Mapping[int, type[StageModule]], stage_ranks: Sequence[int],
-        parameters: Mapping[str, torch.Tensor], num_microbatches: int,
+        parameters: Mapping[str, torch.Tensor], num_microbatches: int, shards: Mapping[str, torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
         trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
         self._world, self._parameters = world, trained
@@ -149,7 +149,7 @@ class GradientSums:
                 stage: [name for name in cls.PARAMS if name in trained and name not in late]
                 for stage, cls in stages.items()
             }
-            self.replicas = ReplicaSums(replicas, early, late, trained)
+            self.replicas = ReplicaSums(replicas, early, late, trained, shards)
         self._earlier: dict[str, torch.Tensor | None] = {}
 
     def __bool__(self) -> bool:

@@ -12,6 +12,9 @@ Tied and partial gradients come last, after their sums over the other axes. `fin
 
 What earlier steps left in `.grad` has been summed already: it is set aside when the step begins and added back.
 A parameter that gets no gradient takes part with zeros and keeps None: all replicas run one program, so it gets none on any.
+
+With ZeRO (`parameter_shards.py`) each replica gets the sum of its shards' elements only, added to the shards' `.grad`: a bucket is a
+row for each replica, of its parts of all the bucket's parameters, the last replica's filled up with zeros.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from autopar.deferred import Product
 from autopar.runtime.axis import Axis, Pending
@@ -27,13 +31,15 @@ from autopar.runtime.axis import Axis, Pending
 BUCKET_BYTES = 25 * 2**20
 _LEAST_BUCKETS = 4  # so that a small model's gradients are not all sent at the end
 _LEAST_BUCKET_BYTES = 2**20
+_UNDER_WAY = 2  # buckets at most: before one more starts, the first of them is waited for and its memory let go
 
 
 class _Bucket:
-    """Parameters whose gradients travel together, and the sum while it is under way."""
+    """Parameters whose gradients travel together, and the sum while it is under way. `shards`: what gets the sums, if not they."""
 
     def __init__(self, names: Sequence[str], parameters: Sequence[torch.Tensor]) -> None:
         self.names, self.parameters = names, parameters
+        self.shards: Sequence[torch.Tensor] | None = None
         self.missing: set[int] = set()
         self.pending: Pending | None = None
         self.with_gradient: list[bool] = []
@@ -57,12 +63,13 @@ class ReplicaSums:
     """The sums over `axis` of one rank's gradients.
 
     `stages`: by stage, the names that are complete when its last backward is over, in the order of their first use; `late`: those
-    that are not before the end of the step. `reductions` counts, by name, the sums of the last step.
+    that are not before the end of the step. `shards`: the parts of the parameters that are to get the sums, by name; None: the whole
+    parameters do. `reductions` counts, by name, the sums of the last step.
     """
 
     def __init__(
         self, axis: Axis, stages: Mapping[int, Sequence[str]], late: Sequence[str],
-        parameters: Mapping[str, torch.Tensor],
+        parameters: Mapping[str, torch.Tensor], shards: Mapping[str, torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
         self._axis = axis
         total = sum(parameters[name].nbytes for listed in (*stages.values(), late) for name in listed)
@@ -72,6 +79,9 @@ class ReplicaSums:
         }
         self._early = [bucket for buckets in self._of_stage.values() for bucket in buckets]
         self._late = _buckets(late, parameters, limit)
+        if shards is not None:
+            for bucket in (*self._early, *self._late):
+                bucket.shards = [shards[name] for name in bucket.names]
         self._bucket_of = {id(parameter): bucket for bucket in self._early for parameter in bucket.parameters}
         for bucket in self._early:
             for parameter in bucket.parameters:
@@ -92,7 +102,7 @@ class ReplicaSums:
             bucket.missing = {id(parameter) for parameter in bucket.parameters}
             bucket.pending = None
             for parameter in bucket.parameters:
-                if parameter.grad is not None and id(parameter) not in self._earlier:
+                if bucket.shards is None and parameter.grad is not None and id(parameter) not in self._earlier:
                     self._earlier[id(parameter)], parameter.grad = parameter.grad, None
 
     def watch(self, put_off: Sequence[list[Product]]) -> None:
@@ -123,10 +133,11 @@ class ReplicaSums:
     def _start_next(self) -> None:
         while self._next < len(self._early) and not self._early[self._next].missing:
             self._start(self._early[self._next])
-            if self._next > 0:
-                pending = self._early[self._next - 1].pending
-                assert pending is not None
-                pending.advance()
+            for earlier in self._early[max(0, self._next - _UNDER_WAY) : self._next]:
+                if earlier.pending is not None:
+                    earlier.pending.advance()
+            if self._next >= _UNDER_WAY:
+                self._deliver(self._early[self._next - _UNDER_WAY])
             self._next += 1
 
     def _start(self, bucket: _Bucket) -> None:
@@ -139,10 +150,20 @@ class ReplicaSums:
             for gradient, parameter in zip(gradients, bucket.parameters, strict=True)
         ]
         del gradients
-        flat = torch.cat([gradient.reshape(-1) for gradient in filled])
-        del filled
-        bucket.pending = self._axis.start_all_reduce(flat)
+        if bucket.shards is None:
+            flat = torch.cat([gradient.reshape(-1) for gradient in filled])
+            del filled
+            bucket.pending = self._axis.start_all_reduce(flat)
+        else:
+            rows = torch.cat([self._rows(gradient) for gradient in filled], 1)
+            del filled
+            bucket.pending = self._axis.start_reduce_scatter(rows)
         self.reductions.update(bucket.names)
+
+    def _rows(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[replicas, elements of one's part]"""
+        flat, part = gradient.reshape(-1), -(-gradient.numel() // self._axis.size)
+        return F.pad(flat, (0, part * self._axis.size - flat.numel())).view(self._axis.size, part)
 
     def finish(self) -> None:
         """Start what has not been started, and put all sums into `.grad`."""
@@ -152,16 +173,27 @@ class ReplicaSums:
         for bucket in self._late:
             self._start(bucket)
         started = [*self._early, *self._late]
-        for bucket in started[len(self._early) - 1 if self._early else 0 :]:
-            assert bucket.pending is not None
-            bucket.pending.advance()
         for bucket in started:
-            pending, bucket.pending = bucket.pending, None
-            assert pending is not None
-            self._deliver(bucket, pending.wait())
+            if bucket.pending is not None:
+                bucket.pending.advance()
+        for bucket in started:
+            self._deliver(bucket)
         self._earlier.clear()
 
-    def _deliver(self, bucket: _Bucket, flat: torch.Tensor) -> None:
+    def _deliver(self, bucket: _Bucket) -> None:
+        """Wait for a bucket's sum, if that has not been done, and hand it out."""
+        pending, bucket.pending = bucket.pending, None
+        if pending is None:
+            return
+        flat = pending.wait()
+        del pending
+        if bucket.shards is not None:
+            parts = flat.split([-(-parameter.numel() // self._axis.size) for parameter in bucket.parameters])
+            for shard, piece, has in zip(bucket.shards, parts, bucket.with_gradient, strict=True):
+                if has:
+                    gradient = piece[: shard.numel()].view(shard.shape)
+                    shard.grad = gradient if shard.grad is None else shard.grad.add_(gradient)
+            return
         pieces = flat.split([parameter.numel() for parameter in bucket.parameters])
         for parameter, piece, has in zip(bucket.parameters, pieces, bucket.with_gradient, strict=True):
             earlier = self._earlier.get(id(parameter))

@@ -27,6 +27,7 @@ from autopar.runtime.batch import BatchTypes
 from autopar.runtime.board import Board
 from autopar.runtime.compiled import Compile
 from autopar.runtime.gradients import REPLICA_AXIS
+from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord
 from autopar.runtime.worker import Interrupted, Worker
 from autopar.runtime.world import TIMEOUT_SECONDS, World, check_world_size, coords_of
@@ -50,14 +51,16 @@ class _Job:
     seed: int
     timeout_seconds: float
     compile: Compile
+    shards: ParameterShards | None
 
     def worker(self) -> Worker:
         world = World.in_thread(
             self.mesh, self.rank, self.store, self.memory, device=self.device, timeout_seconds=self.timeout_seconds
         )
         return Worker(
-            self.program, world, self.parameters, self.buffers, seed=self.seed, compile=self.compile, joins_replicas=True
-        )
+            self.program, world, self.parameters, self.buffers, seed=self.seed, compile=self.compile, joins_replicas=True,
+            shards=self.shards,
+        )  # fmt: skip
 
 
 class _Rank:
@@ -122,12 +125,14 @@ class ThreadRanks:
         seed: int = 0,
         timeout_seconds: float = TIMEOUT_SECONDS,
         compile: Compile = False,
+        shards_per_rank: Sequence[ParameterShards | None] | None = None,
     ) -> None:
         check_world_size(len(programs), mesh)
         self.mesh, self.num_ranks = dict(mesh), len(programs)
         self._state = list(zip(programs, parameters_per_rank, buffers_per_rank, strict=True))
         self._device, self._seed, self._timeout_seconds = torch.device(device), seed, timeout_seconds
         self._compile: Compile = compile
+        self._shards = shards_per_rank if shards_per_rank is not None else [None] * len(programs)
         self._batch_types = BatchTypes(programs[0].batch, microbatches, tuple(mesh))
         self._training = True
         self._ranks: list[_Rank] = []
@@ -167,8 +172,10 @@ class ThreadRanks:
     def _jobs(self) -> list[_Job]:
         store, memory = dist.HashStore(), Board.memory(self.num_ranks)
         return [
-            _Job(*state, rank, self.mesh, store, memory, self._device, self._seed, self._timeout_seconds, self._compile)
-            for rank, state in enumerate(self._state)
+            _Job(
+                *state, rank, self.mesh, store, memory, self._device, self._seed, self._timeout_seconds, self._compile, shards
+            )
+            for rank, (state, shards) in enumerate(zip(self._state, self._shards, strict=True))
         ]
 
     def _each(self, method: str, batch: Mapping[str, torch.Tensor]) -> list[Any]:

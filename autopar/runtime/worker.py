@@ -30,6 +30,7 @@ from autopar.runtime.chunk import Chunk
 from autopar.runtime.compiled import Compile, compile_stage
 from autopar.runtime.gradients import REPLICA_AXIS, GradientSums
 from autopar.runtime.outputs import join, share_loss
+from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord, meet, recorded_step
 from autopar.runtime.replicas import mean_over
 from autopar.runtime.transfers import TRANSFERS, Line, Transfers
@@ -66,7 +67,8 @@ class Worker:
 
     With data parallelism the batch of `step` is this replica's, the loss and the gradients are of all replicas' together;
     buffers that forward updates are averaged over them. `forward` is of this replica's batch alone, unless
-    `joins_replicas`: then losses in its outputs are parts of the loss of all replicas' batches.
+    `joins_replicas`: then losses in its outputs are parts of the loss of all replicas' batches. `shards`: this replica's parts of
+    `parameters`, which get the gradients and are what an optimizer updates.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Worker:
         seed: int = 0,
         compile: Compile = False,
         joins_replicas: bool = False,
+        shards: ParameterShards | None = None,
     ) -> None:
         if dict(program.mesh) != world.mesh or dict(program.coords) != world.coords:
             raise BadPlan(
@@ -94,7 +97,10 @@ class Worker:
         self.record: list[tuple[str, float, float]] | None = None
         self._batch_types = BatchTypes(program.batch, self.num_microbatches, tuple(world.mesh))
         stages = dict(zip(program.stage_numbers, program.stages, strict=True))
-        self._sums = GradientSums(world, stages, program.stage_ranks, self.parameters, self.num_microbatches)
+        self._shards = shards
+        self._sums = GradientSums(
+            world, stages, program.stage_ranks, self.parameters, self.num_microbatches, shards.of if shards is not None else None
+        )
         if self._sums and not any(isinstance(instruction, SumGradients) for instruction in program.schedule):
             raise BadPlan("Gradients have to be summed over ranks, but the schedule has no SumGradients().")
         updated = {name for cls in stages.values() for name in cls.UPDATED_BUFFERS}
@@ -251,7 +257,13 @@ class Worker:
         self._drop()
         return outputs
 
+    def refresh(self) -> None:
+        """Bring whole parameters up to date with all replicas' shards. All replicas take part."""
+        if self._shards is not None:
+            self._shards.refresh(self._replicas)
+
     def _prepare(self, batch: Mapping[str, torch.Tensor], layout: Layout, replicas: Axis | None) -> None:
+        self.refresh()
         for chunk in self._chunks:
             chunk.begin(batch, layout, replicas)
 

@@ -1,0 +1,164 @@
+"""ZeRO: each replica's shard of the parameters, which is what its optimizer updates.
+
+Design note. A parameter of n elements is cut flat into as many equal parts as there are replicas, the last ones shorter or empty, so that
+each replica holds ceil(n / replicas) elements of it whatever its shape. A shard has as many dims as its parameter, all but the first of
+size 1, so that optimizer groups chosen by `p.ndim` are what they are for whole parameters.
+
+Stages 1 and 2: the whole parameter is there for the programs, and the shard is a view of it, so that an optimizer's update of the shard
+is one of the parameter; what the other replicas updated is gathered before the next forward (`refresh`). Gradients are reduced
+into the shards (`replicas.py`), and whole ones are let go as soon as they have been sent, in stage 1 as in stage 2: a step of several
+microbatches holds whole gradients until its last one has added to them.
+
+An optimizer may update such shards only if it treats every element by itself. That is tried out, not looked up by name, at its
+first step: an optimizer of the same class and options has to change two halves of a matrix as it changes the matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from autopar.runtime.axis import Axis
+from costmodel.errors import BadArgument
+
+_BUCKET_BYTES = 25 * 2**20
+
+
+def part_of(numel: int, replicas: int, coord: int) -> tuple[int, int]:
+    """(begin, end) of a replica's elements of a parameter."""
+    part = -(-numel // replicas)
+    return min(coord * part, numel), min((coord + 1) * part, numel)
+
+
+class ParameterShards:
+    """One replica's shards of a rank's trained parameters. `of`: by name; frozen parameters stay whole."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], replicas: int, coord: int) -> None:
+        self.replicas, self.coord = replicas, coord
+        self.whole = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        self.of = {name: self._shard(parameter) for name, parameter in self.whole.items()}
+        self._seen = self._versions()
+        for shard in self.of.values():
+            _SHARDS[shard] = True
+
+    def _shard(self, parameter: nn.Parameter) -> nn.Parameter:
+        begin, end = part_of(parameter.numel(), self.replicas, self.coord)
+        flat = parameter.detach().view(-1)[begin:end]
+        return nn.Parameter(flat.view(-1, *[1] * (parameter.ndim - 1)))
+
+    @property
+    def on_meta(self) -> bool:
+        """True while the parameters have no values."""
+        return any(shard.is_meta for shard in self.of.values())
+
+    def _versions(self) -> list[int]:
+        return [shard._version for shard in self.of.values()]
+
+    @torch.no_grad()
+    def refresh(self, axis: Axis) -> None:
+        """Give all replicas what each has changed of its shards since the last time. All take part, or none."""
+        changed = torch.tensor(float(self._versions() != self._seen), device=axis_device(self.of))
+        if not axis.all_reduce(changed, "max").item():
+            return
+        for names in self._buckets():
+            parts = [-(-self.whole[name].numel() // self.replicas) for name in names]
+            mine = self.whole[names[0]].new_zeros(sum(parts))
+            for piece, name in zip(mine.split(parts), names, strict=True):
+                shard = self.of[name]
+                piece[: shard.numel()].copy_(shard.view(-1))
+            for coord, row in enumerate(axis.all_gather(mine)):
+                if coord != self.coord:
+                    for piece, name in zip(row.split(parts), names, strict=True):
+                        begin, end = part_of(self.whole[name].numel(), self.replicas, coord)
+                        self.whole[name].detach().view(-1)[begin:end].copy_(piece[: end - begin])
+        self._seen = self._versions()
+
+    def _buckets(self) -> Iterator[list[str]]:
+        bucket: list[str] = []
+        num_bytes = 0
+        for name, parameter in self.whole.items():
+            if bucket and (parameter.dtype != self.whole[bucket[0]].dtype or num_bytes + parameter.nbytes > _BUCKET_BYTES):
+                yield bucket
+                bucket, num_bytes = [], 0
+            bucket.append(name)
+            num_bytes += parameter.nbytes
+        if bucket:
+            yield bucket
+
+
+def axis_device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
+    """Where these tensors are."""
+    return next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+
+
+def joined(shards: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    """The whole from all replicas' shards (or their gradients), in the order of replicas."""
+    return torch.cat([shard.detach().reshape(-1) for shard in shards])[: math.prod(shape)].view(tuple(shape))
+
+
+# ---- optimizers ---------------------------------------------------------------------------------------------------
+
+_SHARDS = WeakTensorKeyDictionary()
+_TRIED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """BadArgument for an optimizer of shards that is not element-wise."""
+    if optimizer in _TRIED:
+        return
+    if any(parameter in _SHARDS for group in optimizer.param_groups for parameter in group["params"]):
+        reason = _not_elementwise(optimizer)
+        if reason is not None:
+            raise BadArgument(
+                f"{type(optimizer).__name__} cannot update shards of parameters", why=reason,
+                use="zero=0, or an optimizer that treats every element by itself (SGD, Adam, AdamW, ...)",
+            )  # fmt: skip
+    _TRIED.add(optimizer)
+
+
+def _not_elementwise(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why an optimizer of this class and these options cannot be given parts of parameters; None if it can."""
+    device = next(parameter.device for group in optimizer.param_groups for parameter in group["params"] if parameter in _SHARDS)
+    values, gradients = _numbers(1).to(device), _numbers(2).to(device)
+    whole, halves = nn.Parameter(values.clone()), [nn.Parameter(half.clone()) for half in values.chunk(2)]
+    try:
+        pair = [_like(optimizer, [whole]), _like(optimizer, halves)]
+        for _ in range(2):
+            whole.grad = gradients.clone()
+            for half, gradient in zip(halves, gradients.chunk(2), strict=True):
+                half.grad = gradient.clone()
+            for each in pair:
+                type(each).step(each)
+    except Exception as error:  # whatever a class of the user's raises
+        return f"it cannot be tried out on a matrix and its halves ({type(error).__name__}: {error})"
+    if not torch.allclose(whole, torch.cat([half.detach() for half in halves]), rtol=1e-5, atol=1e-7):
+        return "it changes the two halves of a matrix otherwise than the matrix"
+    return None
+
+
+def _numbers(seed: int) -> torch.Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def _like(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The same kind with the same options, for other parameters."""
+    made = copy.copy(optimizer)
+    made.__dict__ = {key: value for key, value in optimizer.__dict__.items() if key != "step"}  # a scheduler's wrapper of `optimizer`'s
+    made._optimizer_step_pre_hooks, made._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    made.state = type(optimizer.state)(dict)
+    first = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "param_names")}
+    rate = {"lr": torch.full_like(first["lr"], 0.1) if isinstance(first["lr"], torch.Tensor) else 0.1} if "lr" in first else {}
+    made.param_groups = [{**first, **rate, "params": parameters}]  # a warm-up may begin at a rate of 0
+    return made
+
+
+register_optimizer_step_pre_hook(_check_optimizer)

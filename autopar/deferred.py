@@ -48,6 +48,11 @@ class Product(NamedTuple):
         return gradient.sum(list(range(gradient.ndim - 1)))
 
 
+def _leaf_of(parameter: Any) -> Any:
+    """What gets the gradient of a parameter: itself, or the leaf that a gathered value stands for (`runtime/gathered.py`)."""
+    return getattr(parameter, "leaf", parameter)
+
+
 def _rows(value: torch.Tensor) -> torch.Tensor:
     return value if value.ndim == 2 else value.reshape(-1, value.shape[-1])
 
@@ -57,15 +62,15 @@ class _Matmul(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stage: StageModule, linear: bool
     ) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.stage, ctx.linear = weight, bias, stage, linear
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.bias, ctx.stage, ctx.linear = _leaf_of(weight), _leaf_of(bias), stage, linear
         if linear:
             return F.linear(x, weight, bias)
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (x,), gradient, weight, linear = ctx.saved_tensors, gradients[0], ctx.weight, ctx.linear
+        (x, weight), gradient, linear = ctx.saved_tensors, gradients[0], ctx.linear
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         of_x = None
         if wants_x:
@@ -74,7 +79,7 @@ class _Matmul(torch.autograd.Function):
             of_x = (other.t().mm(rows.t()).t() if by_column else rows.mm(other)).view(x.shape)
         if not (wants_weight or wants_bias):
             return of_x, None, None, None, None
-        product = Product(weight if wants_weight else None, ctx.bias if wants_bias else None, x, gradient, linear)
+        product = Product(ctx.weight if wants_weight else None, ctx.bias if wants_bias else None, x, gradient, linear)
         if ctx.stage.deferred is None:
             return (
                 of_x, product.of_weight() if wants_weight else None, product.of_bias() if wants_bias else None, None, None,

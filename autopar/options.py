@@ -21,7 +21,7 @@ from passes.shard import SequenceParallel
 # The axes of the mesh, the outermost first: tensor-parallel ranks, which talk in every layer, are next to each other; replicas, which talk
 # once a step, come around them, and stages, which exchange activations only, around all.
 MESH_ORDER = ("pp", "dp", "tp")
-MOST_ZERO = 2  # the last ZeRO stage that there is
+MOST_ZERO = 3  # the last ZeRO stage that there is
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,11 @@ def checked_options(
     ):
         raise BadArgument(f"microbatches = {microbatches!r}", use="a positive integer, or None")
     if isinstance(zero, bool) or not isinstance(zero, int) or not 0 <= zero <= MOST_ZERO:
-        more = f"zero = {zero!r} is not supported by this version" if zero == 3 else f"zero = {zero!r} is no ZeRO stage"
-        raise BadArgument(more, use=f"0 to {MOST_ZERO}")
+        raise BadArgument(f"zero = {zero!r} is no ZeRO stage", use=f"0 to {MOST_ZERO}")
+    if zero == 3 and compile:
+        raise BadArgument(
+            "compile does not go with zero = 3 in this version", why="parameters are gathered while forward runs", use="zero=2"
+        )
     for name, value, only in (("precision", precision, "fp32"),):
         if value != only:
             raise BadArgument(f"{name} = {value!r} is not supported by this version", use=f"{name}={only!r}")

@@ -69,8 +69,8 @@ def parallelize(
     the cost model finds it cheaper), True. recompute: what backward computes again instead of keeping it: "none", "selective" (what is
     cheap for the bytes it frees), "full" (layers keep only their inputs), or the most bytes that a rank may hold. hardware: a
     profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
-    dp: replicas of the model, each with a batch of its own; zero: what they share out: 0 nothing, 1 optimizer state, 2 gradients too
-    (`parameters()` are then this replica's parts of them). mesh_order: the axes of the mesh, the outermost first.
+    dp: replicas of the model, each with a batch of its own; zero: what they share out: 0 nothing, 1 optimizer state, 2 gradients too,
+    3 parameters too (`parameters()` are then this replica's parts of them). mesh_order: the axes of the mesh, the outermost first.
     "auto" as tp, pp, dp, microbatches, schedule, recompute or zero leaves that decision to `autopar.search` over the ranks of this job
     (those launched; in a plain process the GPUs, or the cores). plan: a saved plan of this model to use as it is.
     device: where ranks compute (None: where the model is). seed: for dropout.

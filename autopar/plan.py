@@ -111,7 +111,7 @@ class Plan:
     virtual_stages: int  # stages a pipeline rank
     stage_ranks: tuple[int, ...]  # the pipeline rank of each stage
     loss_weight_records: Sequence[Mapping[str, Any]] | None = field(repr=False, default=None)
-    zero: int = 0  # what data-parallel replicas share out: 1 optimizer state, 2 gradients too
+    zero: int = 0  # what data-parallel replicas share out: 1 optimizer state, 2 gradients too, 3 parameters too
     recompute: str | int = "none"  # "none", "selective", "full", or the most bytes a rank was to hold
 
     # ---- what the decisions give ------------------------------------------------------------------------------------

@@ -121,11 +121,14 @@ def _shards_of(plan: Plan, rank: int, parameters: Mapping[str, nn.Parameter]) ->
     """This rank's shards over dp of its parameters; None where it holds them whole."""
     if not plan.zero or "dp" not in plan.mesh:
         return None
-    return ParameterShards(parameters, plan.mesh["dp"], plan.coords(rank)["dp"])
+    return ParameterShards(parameters, plan.mesh["dp"], plan.coords(rank)["dp"], plan.zero)
 
 
-def _assign(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Copy in place; a tensor without values is replaced."""
+def _assign(target: torch.Tensor, value: torch.Tensor, name: str, shards: ParameterShards | None) -> torch.Tensor:
+    """Copy in place, into the rank's shard where it has one; a tensor without values is replaced."""
+    if shards is not None and name in shards.of and not target.is_meta:
+        shards.load(name, value)
+        return target
     if not target.is_meta:
         with torch.no_grad():
             target.copy_(value)
@@ -161,7 +164,7 @@ class ThreadedRanks:
             ]
             self.parameters_of = [parameters for parameters, _ in pairs]
             self.buffers_of = [buffers for _, buffers in pairs]
-            self.shards_of = self._sharded()
+            self.shards_of = [_shards_of(plan, rank, parameters) for rank, parameters in enumerate(self.parameters_of)]
         else:
             self.parameters_of, self.shards_of = like.parameters_of, like.shards_of
             self.buffers_of = [
@@ -169,9 +172,6 @@ class ThreadedRanks:
             ]
         self._threads: ThreadRanks | None = None
         self._training = True
-
-    def _sharded(self) -> list[ParameterShards | None]:
-        return [_shards_of(self.plan, rank, parameters) for rank, parameters in enumerate(self.parameters_of)]
 
     def _started(self) -> ThreadRanks:
         if self._threads is None:
@@ -295,11 +295,11 @@ class ThreadedRanks:
             for tensors in (self.parameters_of[rank], self.buffers_of[rank]):
                 for name in list(tensors):
                     if name in values:
-                        tensors[name] = _assign(
-                            tensors[name], local_piece(values[name], wanted[name], self.plan, coords)
-                        )  # type: ignore[assignment]
-        if any(shards is not None and shards.on_meta for shards in self.shards_of):
-            self.shards_of[:] = self._sharded()
+                        piece = local_piece(values[name], wanted[name], self.plan, coords)
+                        tensors[name] = _assign(tensors[name], piece, name, self.shards_of[rank])  # type: ignore[assignment]
+        for shards, parameters in zip(self.shards_of, self.parameters_of, strict=True):
+            if shards is not None:
+                shards.renew(parameters)
 
     def close(self) -> None:
         if self._threads is not None:
@@ -412,9 +412,15 @@ class ProcessRank:
         if self.shards is not None and not self.shards.on_meta:
             self.shards.refresh(self.world.axis("dp"))
 
+    def _value(self, name: str) -> torch.Tensor:
+        """This rank's piece of a tensor; with ZeRO 3 all replicas take part."""
+        if self.shards is not None and self.shards.gathers and name in self.shards.of and not self.shards.on_meta:
+            return self.shards.gathered([name], self.world.axis("dp"))[name]
+        return {**self.parameters, **self.buffers}[name].detach()
+
     def _pieces(self, name: str) -> torch.Tensor:
         """The pieces of a tensor that this rank holds, [axis size, ...]; all ranks of its pipeline rank take part."""
-        tensor = {**self.parameters, **self.buffers}[name].detach()
+        tensor = self._value(name)
         found = split_axis(self._texts[name], self.plan)
         if found is None:
             return tensor[None]
@@ -473,21 +479,21 @@ class ProcessRank:
         from torch.distributed.tensor import Shard as DShard
 
         if not dist.is_initialized():
-            return {name: tensor.detach() for name, tensor in {**self.parameters, **self.buffers}.items()}
+            return {name: self._value(name) for name in (*self.parameters, *self.buffers)}
         self._refresh()
         mesh = self._device_mesh
         found: Tensors = {}
-        for name, tensor in {**self.parameters, **self.buffers}.items():
+        for name in (*self.parameters, *self.buffers):
             if name not in self.traced.state:
                 continue
+            local = self._value(name)
             split = split_axis(self._texts[name], self.plan)
             whole = tuple(self.traced.state[name].shape)
             if split is None:
-                value = DTensor.from_local(tensor.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+                value = DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
             else:
                 placement = split[1]
                 assert isinstance(placement, Shard)
-                local = tensor.detach()
                 if placement.segments != 1 or placement.piece:  # DTensor knows contiguous shards only, in pieces of ceil(size / axis)
                     axis_size, coord = self.plan.mesh[split[0]], self.coords[split[0]]
                     contiguous = local_shard(self._gathered(name), Shard(placement.dim), axis_size=axis_size, coord=coord)
@@ -511,11 +517,10 @@ class ProcessRank:
                 if name in values:
                     value = values[name]
                     whole = value.full_tensor() if isinstance(value, DTensor) else value
-                    tensors[name] = _assign(
-                        tensors[name], local_piece(whole.to(self.world.device), wanted[name], self.plan, self.coords)
-                    )  # type: ignore[assignment]
-        if self.shards is not None and self.shards.on_meta:
-            self.shards = _shards_of(self.plan, self.rank, self.parameters)
+                    piece = local_piece(whole.to(self.world.device), wanted[name], self.plan, self.coords)
+                    tensors[name] = _assign(tensors[name], piece, name, self.shards)  # type: ignore[assignment]
+        if self.shards is not None:
+            self.shards.renew(self.parameters)
 
     def close(self) -> None:
         self.world.close()

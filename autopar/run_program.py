@@ -106,7 +106,7 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
             name: torch.nn.Parameter(p.detach().to(world.device), requires_grad=p.requires_grad)
             for name, p in parameters.items()
         }
-        shards = ParameterShards(parameters, program.mesh["dp"], program.coords["dp"]) if program.zero else None
+        shards = ParameterShards(parameters, program.mesh["dp"], program.coords["dp"], program.zero) if program.zero else None
         worker = Worker(
             program, world, parameters, {name: b.to(world.device) for name, b in buffers.items()}, seed=arguments.seed,
             shards=shards,
@@ -123,7 +123,10 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
                 print(f"step {step}: loss {loss.item():.9g}", flush=True)
         worker.refresh()
         if arguments.save:
-            save_weights(folder, rank, worker.parameters, worker.buffers)
+            values = worker.parameters
+            if shards is not None and shards.gathers:
+                values = {name: shards.gathered([name], world.axis("dp"))[name] for name in shards.of}
+            save_weights(folder, rank, values, worker.buffers)
     finally:
         world.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -113,6 +114,12 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
         {"dp": 2, "pp": 2, "schedule": "zb-h1", "microbatches": 3, "zero": 2},
         {"dp": 2, "pp": 2, "schedule": "interleaved-1f1b", "microbatches": 2, "zero": 1},
         {"dp": 2, "pp": 2, "tp": 2, "microbatches": 2, "zero": 1},
+        {"dp": 2, "zero": 3},
+        {"dp": 3, "zero": 3, "recompute": "full"},
+        {"dp": 2, "tp": 2, "zero": 3},
+        {"dp": 2, "pp": 2, "schedule": "zb-h1", "microbatches": 3, "zero": 3},
+        {"dp": 2, "pp": 2, "schedule": "interleaved-1f1b", "microbatches": 2, "zero": 3, "recompute": "selective"},
+        {"dp": 2, "pp": 2, "tp": 2, "microbatches": 2, "zero": 3},
     )
 ]
 
@@ -137,7 +144,7 @@ def test_each_gradient_is_reduced_once_a_step_whatever_the_number_of_microbatche
     batch = batches_of("mixed", 1)[0]
     for layout in (
         {"microbatches": 1}, {"pp": 2, "microbatches": 3}, {"pp": 2, "microbatches": 3, "schedule": "zb-h1"},
-        {"pp": 2, "microbatches": 3, "zero": 2},
+        {"pp": 2, "microbatches": 3, "zero": 2}, {"pp": 2, "microbatches": 3, "schedule": "zb-h1", "zero": 3},
     ):  # fmt: skip
         par = autopar.parallelize(built("mixed"), batch, dp=2, **layout)
         for _ in range(2):
@@ -168,7 +175,7 @@ def test_reductions_begin_while_the_last_microbatch_goes_backward() -> None:
     assert events.index("backward over") >= 3, events
 
 
-@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("zero", [0, 2, 3])
 def test_gradients_of_several_steps_add_up(zero: int) -> None:
     model, batches = built("mixed"), batches_of("mixed", 2)
     reference = copy.deepcopy(model)
@@ -187,10 +194,11 @@ def test_gradients_of_several_steps_add_up(zero: int) -> None:
     par.close()
 
 
-def test_parameters_are_each_replicas_part_and_keep_their_number_of_dims() -> None:
+@pytest.mark.parametrize("zero", [1, 3])
+def test_parameters_are_each_replicas_part_and_keep_their_number_of_dims(zero: int) -> None:
     model, batch = built("mixed"), batches_of("mixed", 1)[0]
-    par = autopar.parallelize(model, batch, dp=3, zero=1)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name != "unused"}
+    par = autopar.parallelize(model, batch, dp=3, zero=zero)
+    trained = {name: p for name, p in model.named_parameters() if (p.requires_grad or zero == 3) and name != "unused"}
     held = dict(par.named_parameters())
     for name, parameter in trained.items():
         shards = [held[f"rank {rank}: {name}"] for rank in range(3)]
@@ -201,12 +209,41 @@ def test_parameters_are_each_replicas_part_and_keep_their_number_of_dims() -> No
     par.step(**batch)
     optimizer.step()
     optimizer_numel = sum(state["exp_avg"].numel() for state in optimizer.state.values())
-    assert optimizer_numel == sum(parameter.numel() for parameter in trained.values())
+    assert optimizer_numel == sum(parameter.numel() for parameter in trained.values() if parameter.requires_grad)
     assert all(p.grad is None for rank in par._ranks().parameters_of for p in rank.values()), "no whole gradient is kept"  # type: ignore[attr-defined]
     changed = {key: value + 1 for key, value in par.full_state_dict().items()}
     par.load_state_dict(changed)
     for key, value in par.full_state_dict().items():
         assert key == "unused" or torch.equal(value, changed[key]), key
+    par.close()
+
+
+def test_zero_3_holds_whole_parameters_only_while_they_are_used() -> None:
+    """Not after a step, and in a step no more than a few of the groups they are gathered in; autograd keeps none."""
+    torch.manual_seed(0)
+    model = GPT(layers=8, dim=64, heads=4, vocab=64)
+    batch = gpt_batch(rows=4, tokens=8)
+    par = autopar.parallelize(model, batch, dp=2, zero=3)
+    par.step(**batch)
+    rank = par._ranks()._threads._ranks[0]  # type: ignore[union-attr, attr-defined]
+    gathered = rank.worker._chunks[0]._gathered
+    total = sum(p.numel() for p in model.parameters())
+    most, alive = 0, []
+    gather = gathered._shards.gathered
+
+    def counted(names: Any, axis: Any) -> Any:
+        nonlocal most
+        found = gather(names, axis)
+        alive.extend(weakref.ref(value.untyped_storage()) for value in found.values())
+        most = max(most, sum(each.nbytes() for ref in alive if (each := ref()) is not None))
+        return found
+
+    gathered._shards.gathered = counted
+    par.step(**batch)
+    assert len(alive) > 2 * len(list(model.parameters())) - 4, "gathered for forward and again for backward"
+    assert most <= 4 * total * 0.3
+    assert not gathered._held
+    assert all(p.untyped_storage().nbytes() <= 4 for p in rank.worker.parameters.values())
     par.close()
 
 
@@ -296,9 +333,10 @@ def test_replicas_drop_other_values_and_a_seed_repeats_them() -> None:
     assert losses(0) == losses(0) != losses(1)
 
 
-def test_outputs_of_a_plain_process_are_of_the_whole_batch() -> None:
+@pytest.mark.parametrize("zero", [0, 3])
+def test_outputs_of_a_plain_process_are_of_the_whole_batch(zero: int) -> None:
     model, batch = built("gpt").eval(), batches_of("gpt", 1)[0]
-    par = autopar.parallelize(model, batch, dp=2, tp=2, pp=2, microbatches=2)
+    par = autopar.parallelize(model, batch, dp=2, tp=2, pp=2, microbatches=2, zero=zero)
     loss, logits = par(**batch)
     expected_loss, expected_logits = model(**batch)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
@@ -373,6 +411,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mixed", {"dp": 2, "pp": 2, "microbatches": 2}),
     ("gpt", {"dp": 2, "tp": 2}),
     ("mixed", {"dp": 2, "pp": 2, "microbatches": 2, "zero": 2}),
+    ("gpt", {"dp": 2, "tp": 2, "zero": 3}),
 ]
 
 

@@ -26,7 +26,9 @@ from autopar.program import Program, Receive, Send, StageModule
 from autopar.runtime.axis import Axis
 from autopar.runtime.batch import Arguments, BatchTypes, Layout
 from autopar.runtime.buffers import Rings, RingTable
-from autopar.runtime.gradients import GradientSums
+from autopar.runtime.gathered import GatheredParameters
+from autopar.runtime.gradients import REPLICA_AXIS, GradientSums
+from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.world import World
 from passes.placement import parse_type
 
@@ -60,12 +62,14 @@ class _Flight:
 class Chunk:
     """One stage of this rank.
 
-    `number` is the stage's, `tensors` are its parameters and buffers by name. `connect` tells it of the rank's other stages.
+    `number` is the stage's, `tensors` are its parameters and buffers by name, `shards` the rank's with ZeRO.
+    `connect` tells it of the rank's other stages.
     """
 
     def __init__(
         self, program: Program, world: World, number: int, cls: type[StageModule], tensors: Mapping[str, torch.Tensor],
         sums: GradientSums, batch_types: BatchTypes, *, seed: int, depth: int,
+        shards: ParameterShards | None = None,
     ) -> None:  # fmt: skip
         self.number, self.world = number, world
         axes = {name: world.axis(name) for name in world.mesh}
@@ -73,6 +77,11 @@ class Chunk:
         own = {name: tensor.clone() for name, tensor in self._shared_buffers.items()}
         self.stage: StageModule = cls({**tensors, **own}, axes, world.coords, device=world.device, seed=seed)
         self._own_buffers = own
+        self._gathered: GatheredParameters | None = None
+        if shards is not None and shards.gathers:
+            held = self.stage.p
+            self._gathered = GatheredParameters(world.axis(REPLICA_AXIS), shards, list(cls.PARAMS), held)
+            self.stage.p = self._gathered
         self._sums = sums
         self.num_microbatches = batch_types.num_microbatches
         self.receives: list[Receive] = list(cls.RECEIVES.values())
@@ -164,6 +173,8 @@ class Chunk:
         self._flights, self._keywords, self.rings = [], [], None
         self.step_losses, self.collected = [], []
         self.stage.deferred = None
+        if self._gathered is not None:
+            self._gathered.clear()
 
     def flight(self, microbatch: int) -> _Flight:
         """The microbatch's flight, made when first asked for."""
@@ -174,7 +185,11 @@ class Chunk:
 
     def _run(self, flight: _Flight, microbatch: int) -> tuple[torch.Tensor, ...]:
         keywords, self._keywords[microbatch] = self._keywords[microbatch], {}
-        outputs = self.stage.forward(*flight.arguments, **keywords)
+        if self._gathered is None:
+            outputs = self.stage.forward(*flight.arguments, **keywords)
+        else:
+            with self._gathered.saving():
+                outputs = self.stage.forward(*flight.arguments, **keywords)
         if isinstance(outputs, tuple):
             return outputs
         return () if outputs is None else (outputs,)

@@ -9,6 +9,9 @@ is one of the parameter; what the other replicas updated is gathered before the 
 into the shards (`replicas.py`), and whole ones are let go as soon as they have been sent, in stage 1 as in stage 2: a step of several
 microbatches holds whole gradients until its last one has added to them.
 
+Stage 3: the shard is all that there is between uses. The parameter stays as the leaf that gradients are added to, a view of one element in
+its shape; its value is gathered where programs ask for it (`gathered.py`). Frozen parameters are shared out as well.
+
 An optimizer may update such shards only if it treats every element by itself. That is tried out, not looked up by name, at its
 first step: an optimizer of the same class and options has to change two halves of a matrix as it changes the matrix.
 """
@@ -23,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -40,11 +44,13 @@ def part_of(numel: int, replicas: int, coord: int) -> tuple[int, int]:
 
 
 class ParameterShards:
-    """One replica's shards of a rank's trained parameters. `of`: by name; frozen parameters stay whole."""
+    """One replica's shards of a rank's parameters, for a ZeRO `stage` of 1 or more. `of`: by name; before stage 3 frozen parameters stay
+    whole. `whole`: the parameters that are sharded, from stage 3 on without values.
+    """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], replicas: int, coord: int) -> None:
-        self.replicas, self.coord = replicas, coord
-        self.whole = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    def __init__(self, parameters: Mapping[str, nn.Parameter], replicas: int, coord: int, stage: int) -> None:
+        self.replicas, self.coord, self.gathers = replicas, coord, stage >= 3
+        self.whole = {name: each for name, each in parameters.items() if each.requires_grad or self.gathers}
         self.of = {name: self._shard(parameter) for name, parameter in self.whole.items()}
         self._seen = self._versions()
         for shard in self.of.values():
@@ -53,7 +59,10 @@ class ParameterShards:
     def _shard(self, parameter: nn.Parameter) -> nn.Parameter:
         begin, end = part_of(parameter.numel(), self.replicas, self.coord)
         flat = parameter.detach().view(-1)[begin:end]
-        return nn.Parameter(flat.view(-1, *[1] * (parameter.ndim - 1)))
+        if self.gathers:
+            flat = flat.clone()
+            parameter.data = parameter.new_zeros(()).expand(parameter.shape)
+        return nn.Parameter(flat.view(-1, *[1] * (parameter.ndim - 1)), requires_grad=parameter.requires_grad)
 
     @property
     def on_meta(self) -> bool:
@@ -66,6 +75,8 @@ class ParameterShards:
     @torch.no_grad()
     def refresh(self, axis: Axis) -> None:
         """Give all replicas what each has changed of its shards since the last time. All take part, or none."""
+        if self.gathers:
+            return
         changed = torch.tensor(float(self._versions() != self._seen), device=axis_device(self.of))
         if not axis.all_reduce(changed, "max").item():
             return
@@ -80,6 +91,37 @@ class ParameterShards:
                     for piece, name in zip(row.split(parts), names, strict=True):
                         begin, end = part_of(self.whole[name].numel(), self.replicas, coord)
                         self.whole[name].detach().view(-1)[begin:end].copy_(piece[: end - begin])
+        self._seen = self._versions()
+
+    @torch.no_grad()
+    def gathered(self, names: Sequence[str], axis: Axis) -> dict[str, torch.Tensor]:
+        """The values of some parameters of one dtype, from all replicas' shards. All take part."""
+        parts = [-(-self.whole[name].numel() // self.replicas) for name in names]
+        mine = torch.cat([
+            F.pad(self.of[name].detach().view(-1), (0, part - self.of[name].numel()))
+            for name, part in zip(names, parts, strict=True)
+        ])  # fmt: skip
+        columns = axis.all_gather(mine).split(parts, 1)
+        return {
+            name: joined(column.unbind(0), self.whole[name].shape) for name, column in zip(names, columns, strict=True)
+        }
+
+    @torch.no_grad()
+    def load(self, name: str, value: torch.Tensor) -> None:
+        """Take a parameter's value."""
+        if self.gathers:
+            begin, end = part_of(value.numel(), self.replicas, self.coord)
+            self.of[name].view(-1).copy_(value.reshape(-1)[begin:end])
+        else:
+            self.whole[name].copy_(value)
+
+    def renew(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Shards of parameters that have taken the place of those without values."""
+        for name, shard in self.of.items():
+            if shard.is_meta and not parameters[name].is_meta:
+                self.whole[name] = parameters[name]
+                self.of[name] = self._shard(parameters[name])
+                _SHARDS[self.of[name]] = True
         self._seen = self._versions()
 
     def _buckets(self) -> Iterator[list[str]]:

@@ -109,7 +109,7 @@ class Worker:
         self._chunks = [
             Chunk(
                 program, world, number, cls, tensors, self._sums, self._batch_types,
-                seed=seed, depth=self.num_microbatches + _RING_SLACK,
+                seed=seed, depth=self.num_microbatches + _RING_SLACK, shards=shards,
             )
             for number, cls in stages.items()
         ]  # fmt: skip

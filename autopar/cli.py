@@ -42,6 +42,7 @@ from autopar.emit_files import emit_files, save_weights
 from autopar.explain import LEGEND, explain
 from autopar.plan_diff import diff_text
 from autopar.plan_text import plan_json, plan_text, title
+from autopar.ranks import whole_state
 from autopar.state import local_tensors
 from autopar.verify import verify
 from costmodel.errors import AutoparError, BadArgument
@@ -85,7 +86,7 @@ def _run_emit(arguments: argparse.Namespace, progress: Progress) -> int:
         plan, traced = par.plan, par._traced
         assert traced is not None
         paths = emit_files(plan, out)
-        state = {**traced.state, **traced.constants}
+        state = whole_state(traced)
         for rank in range(plan.num_ranks):
             progress(f"weights of rank {rank} of {plan.num_ranks}")
             pieces = local_tensors(plan, rank, state, torch.device("cpu"), lambda name: False)

@@ -20,6 +20,7 @@ from autopar.auto import decided, is_auto
 from autopar.options import call_arguments
 from autopar.parallelize import ParallelModel, parallelize
 from autopar.plan import Plan
+from autopar.precision import PRECISIONS
 from autopar.targets import Target, resolve
 from costmodel.errors import AutoparError, BadArgument
 from costmodel.hardware import Hardware
@@ -141,6 +142,9 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
         help="what backward computes again: none, selective, full, or the most bytes a rank may hold (default none)",
     )
     group.add_argument(
+        "--precision", default="fp32", metavar="NAME", help=f"one of {', '.join(PRECISIONS)} (default fp32)"
+    )
+    group.add_argument(
         "--hardware", metavar="NAME", help="a profile's name or its JSON file (default: this machine's kind)"
     )
     group.add_argument(
@@ -199,6 +203,7 @@ def layout(arguments: argparse.Namespace, target: Target) -> dict[str, Any]:
         "virtual_stages": arguments.virtual_stages,
         "recompute": arguments.recompute,
         "zero": arguments.zero,
+        "precision": arguments.precision,
         "hardware": hardware_of(arguments),
     }
     if not is_auto(options):
@@ -259,6 +264,7 @@ def given_options(arguments: argparse.Namespace) -> list[str]:
         "microbatches": None,
         "schedule": "1f1b",
         "recompute": "none",
+        "precision": "fp32",
         "virtual_stages": None,
         "hardware": None,
         "nodes": None,

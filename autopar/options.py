@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autopar.plan import Plan
+from autopar.precision import Precision, precision_named
 from autopar.runtime.compiled import Compile
 from costmodel.errors import BadArgument
 from costmodel.hardware import Hardware
@@ -42,6 +43,7 @@ class Options:
     compile: Compile
     recompute: str | int
     zero: int
+    precision: Precision
 
 
 def checked_options(
@@ -64,9 +66,6 @@ def checked_options(
         raise BadArgument(
             "compile does not go with zero = 3 in this version", why="parameters are gathered while forward runs", use="zero=2"
         )
-    for name, value, only in (("precision", precision, "fp32"),):
-        if value != only:
-            raise BadArgument(f"{name} = {value!r} is not supported by this version", use=f"{name}={only!r}")
     if not isinstance(model, nn.Module):
         raise BadArgument(f"the model is a {type(model).__name__}, not an nn.Module")
     if recompute not in ("none", "selective", "full") and (
@@ -89,6 +88,7 @@ def checked_options(
         dict(plan.mesh) if plan is not None else mesh, microbatches, schedule, loss_fn, profile_for(hardware, model),
         Overrides.of(overrides), plan, sequence_parallel, _device(device, model), seed, virtual_stages, compile, recompute,
         zero if dp > 1 else 0,
+        precision_named(plan.precision if plan is not None and precision == "fp32" else precision),
     )  # fmt: skip
 
 

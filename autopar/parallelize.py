@@ -71,6 +71,7 @@ def parallelize(
     profile to plan for (None: this machine's kind). overrides: see `passes.overrides`.
     dp: replicas of the model, each with a batch of its own; zero: what they share out: 0 nothing, 1 optimizer state, 2 gradients too,
     3 parameters too (`parameters()` are then this replica's parts of them). mesh_order: the axes of the mesh, the outermost first.
+    precision: "fp32" (whatever dtype the model has), "bf16-mixed", "fp16-mixed" or "bf16": see `autopar.precision`.
     "auto" as tp, pp, dp, microbatches, schedule, recompute or zero leaves that decision to `autopar.search` over the ranks of this job
     (those launched; in a plain process the GPUs, or the cores). plan: a saved plan of this model to use as it is.
     device: where ranks compute (None: where the model is). seed: for dropout.
@@ -148,6 +149,11 @@ class ParallelModel:
         self._traced = self._trace_form(args, kwargs)
         if options.plan is not None:
             self._plan = options.plan.check_model(fingerprint(self._traced))
+            if self._plan.precision != options.precision.name:
+                raise BadPlan(
+                    f"the plan was made for precision = {self._plan.precision!r}, not {options.precision.name!r}",
+                    use=f"precision={self._plan.precision!r}, or a new plan",
+                )
             if dict(self._plan.inputs) != {name: _type_text(value.type) for name, value in self._traced.inputs.items()}:
                 raise BadPlan(
                     "the plan was made for other inputs",
@@ -164,7 +170,10 @@ class ParallelModel:
 
     def _trace_form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
         with _in_mode(self._model, self.training):
-            return trace(self._model, args, kwargs, loss_fn=self._options.loss_fn)
+            options = self._options
+            return trace(
+                self._model, args, kwargs, loss_fn=options.loss_fn, precision=options.precision, device=options.device
+            )
 
     @property
     def plan(self) -> Plan:

@@ -34,7 +34,7 @@ from passes.timeline import Span, Timeline, simulate
 FORMAT = 2
 _PLAIN = (
     "model", "fingerprint", "num_parameters", "microbatches", "schedule", "virtual_stages", "hardware", "tied_exact",
-    "recompute",
+    "recompute", "precision",
 )  # fmt: skip
 
 
@@ -113,6 +113,7 @@ class Plan:
     loss_weight_records: Sequence[Mapping[str, Any]] | None = field(repr=False, default=None)
     zero: int = 0  # what data-parallel replicas share out: 1 optimizer state, 2 gradients too, 3 parameters too
     recompute: str | int = "none"  # "none", "selective", "full", or the most bytes a rank was to hold
+    precision: str = "fp32"  # a name in autopar.precision.PRECISIONS
 
     # ---- what the decisions give ------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ def diff_text(before: Plan, after: Plan) -> str:
     add("batch", _sizes(before), _sizes(after))
     add("microbatches", str(before.microbatches), str(after.microbatches))
     add("schedule", before.schedule, after.schedule)
+    add("precision", before.precision, after.precision)
     add("hardware", before.hardware, after.hardware)
     add(
         "seconds a step",

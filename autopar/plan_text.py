@@ -89,7 +89,7 @@ def title(plan: Plan) -> list[str]:
     )
     return [
         f"{plan.model}: {count_text(plan.num_parameters)} parameters, {mesh_text(plan)}, {split}, {plan.schedule}, "
-        f"{plan.hardware}, {predicted.basis}",
+        f"{plan.hardware}, {f'{plan.precision}, ' if plan.precision != 'fp32' else ''}{predicted.basis}",
         f"plan {plan.identity}: {seconds_text(predicted.step_seconds)} a step{f' of {batch}' if batch else ''}, "
         f"{predicted.bubble_fraction * 100:.0f}% bubble, "
         f"{seconds_text(predicted.communication_seconds)} communication, "

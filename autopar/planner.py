@@ -160,10 +160,11 @@ def make_plan(
         stages=plans, instructions=instructions, parameter_notation=parameter_notation,
         aliases={alias: name for name, others in traced.aliases.items() for alias in others},
         collectives=_collectives(local), predicted=predicted,
-        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes), exact, tied_bytes, stage_ranks, hardware, parameter_notation,
-            mesh)),
+        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes, *filter(None, [traced.precision.note])), exact,
+            tied_bytes, stage_ranks, hardware, parameter_notation, mesh)),
         tied_exact=exact, gradient_edges=tuple(gradient_edges), virtual_stages=virtual, stage_ranks=stage_ranks, zero=zero,
         loss_weight_records=graph_to_json(weighted.weights.graph) if weighted.weights is not None else None,
+        precision=traced.precision.name,
     ), pricing, recompute)  # fmt: skip
 
 

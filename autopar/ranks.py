@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,8 +75,9 @@ def _requires_grad(traced: Traced) -> Callable[[str], bool]:
     return lambda name: traced.state[name].requires_grad
 
 
-def _state(traced: Traced) -> Mapping[str, torch.Tensor]:
-    return {**traced.state, **traced.constants}
+def whole_state(traced: Traced) -> Mapping[str, torch.Tensor]:
+    """Every tensor that programs read, whole: the user's, in the plan's precision, and constants."""
+    return ChainMap(traced.constants, traced.state)  # type: ignore[arg-type]
 
 
 def _counts_here(plan: Plan, coords: Mapping[str, int], name: str) -> bool:
@@ -145,7 +146,7 @@ def _shared_buffers(plan: Plan, traced: Traced, rank: int, device: torch.device,
         if name in traced.state and name in shared:
             found[name] = shared[name]
         else:
-            found[name] = local_piece(_state(traced)[name], text, plan, coords).to(device)
+            found[name] = local_piece(whole_state(traced)[name], text, plan, coords).to(device)
     return found
 
 
@@ -159,7 +160,7 @@ class ThreadedRanks:
         self.plan, self.traced, self.device, self.seed, self.compile = plan, traced, device, seed, compile
         if like is None:
             pairs = [
-                local_tensors(plan, rank, _state(traced), device, _requires_grad(traced))
+                local_tensors(plan, rank, whole_state(traced), device, _requires_grad(traced))
                 for rank in range(plan.num_ranks)
             ]
             self.parameters_of = [parameters for parameters, _ in pairs]
@@ -329,7 +330,7 @@ class ProcessRank:
         self.rank, self.coords = self.world.rank, self.world.coords
         if like is None:
             self.parameters, self.buffers = local_tensors(
-                plan, self.rank, _state(traced), self.world.device, _requires_grad(traced)
+                plan, self.rank, whole_state(traced), self.world.device, _requires_grad(traced)
             )
             self.shards = _shards_of(plan, self.rank, self.parameters)
         else:
@@ -453,7 +454,7 @@ class ProcessRank:
             elif collects:
                 split = split_axis(text, self.plan)
                 count = 1 if split is None else self.plan.mesh[split[0]]
-                dtype = {**self.traced.state, **self.traced.constants}[name].dtype
+                dtype = whole_state(self.traced)[name].dtype
                 pieces = torch.empty((count, *local_shape_of(text, self.plan)), dtype=dtype, device=self.world.device)
                 self.world.wait(self.world.recv(pieces, holder, tag), holder)
             else:

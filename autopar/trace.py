@@ -28,9 +28,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from autopar.precision import PRECISIONS, Precision
 from autopar.trace_arguments import Path, Signature, dotted, input_names
 from autopar.trace_export import export, is_model_file, place
 from autopar.trace_models import check_model, inner_model
+from autopar.trace_precision import InDtype, computing, replacement
 from autopar.trace_values import opened
 from costmodel.errors import BadArgument, CaptureError
 from passes.canonical_import import Imports, State
@@ -56,7 +58,7 @@ class Traced:
     inputs: dict[str, Input]
     sizes: dict[str, int]  # symbolic sizes and their values in the example
     limits: dict[str, tuple[int, int | None]]  # least and greatest value of a symbolic size, where the model bounds it
-    state: dict[str, torch.Tensor]  # every parameter and buffer of the user's model, under its first name
+    state: Mapping[str, torch.Tensor]  # every parameter and buffer of the user's model, under its first name
     aliases: dict[str, tuple[str, ...]]  # further names of tied parameters and shared buffers, by the first name
     constants: dict[str, torch.Tensor]  # tensors the graph reads that are neither
     output_leaves: tuple[
@@ -66,6 +68,7 @@ class Traced:
     loss: fx.Node | None  # the scalar that a training step minimises
     baked: dict[Path, Any]  # arguments that are not tensors: the graph holds for these values only
     signature: Signature
+    precision: Precision = PRECISIONS["fp32"]
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors of a call by placeholder name. BadArgument if the call is not of the traced form."""
@@ -79,6 +82,8 @@ class Traced:
                     why=f"the model was traced with it; given: {given}",
                 )
             found[name] = leaves.pop(value.path)
+            if self.precision.state is not None and found[name].is_floating_point():
+                found[name] = found[name].to(self.precision.state)
         for path, leaf in leaves.items():
             if isinstance(leaf, torch.Tensor):
                 raise BadArgument(
@@ -130,9 +135,17 @@ class _Output:
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, loss_fn: Callable[..., Any] | None = None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    loss_fn: Callable[..., Any] | None = None,
+    precision: Precision = PRECISIONS["fp32"],
+    device: torch.device | None = None,
 ) -> Traced:
-    """Trace `model(*args, **kwargs)`, and `loss_fn(output, *targets)` if given.
+    """Trace `model(*args, **kwargs)`, and `loss_fn(output, *targets)` if given, in a precision.
+
+    `device`: where it will compute, which decides what autocast casts (None: where the model is).
 
     CaptureError if forward cannot be one graph, with the user's line; BadArgument if the arguments do not fit forward.
     """
@@ -144,21 +157,24 @@ def trace(
     examples = _own_tensors([leaves[path] for path in paths], model)
     roles, hints = _roles(examples)
     output: list[_Output] = []
+    where = device if device is not None else next((tensor.device for tensor in model.parameters()), None)
 
     def run(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         bound, targets = signature.rebuild(args, kwargs, tensors)
-        result = inner(*bound.args, **bound.kwargs)
-        loss = loss_fn(result, *targets.values()) if loss_fn is not None else None
+        with computing(precision, where):
+            result = inner(*bound.args, **bound.kwargs)
+            loss = loss_fn(result, *targets.values()) if loss_fn is not None else None
         output[:] = [_described(result, loss)]
         tensor_leaves = [leaf for leaf in output[0].leaves if isinstance(leaf, (torch.Tensor, torch.SymInt))]
         return (*tensor_leaves, loss) if loss is not None else tuple(tensor_leaves)
 
-    exported, roles = export(model, run, examples, roles)
+    exported, roles = export(model, run, examples, roles, lambda: replacement(model, precision, device))
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     names = input_names(paths, set(hints))
     symbols, sizes = _symbols(module, roles, hints)
-    states, constants = _states(model, module)
+    state, aliases = _named_state(model, precision)
+    states, constants = _states(model, module, state, aliases)
     _refuse_unknown_sizes(module, symbols)
     canonical = canonicalize(module, Imports(tuple(names), sizes, symbols, states))
 
@@ -166,7 +182,6 @@ def trace(
     outputs = list(next(iter(reversed(canonical.graph.nodes))).args[0])
     given = iter(outputs)
     output_leaves = [next(given) if isinstance(leaf, (torch.Tensor, torch.SymInt)) else leaf for leaf in result.leaves]
-    state, aliases = _named_state(model)
     placeholders = [node for node in canonical.graph.nodes if node.op == "placeholder"]
     kinds = [tensor_type(node) for node in placeholders[: len(names)]]
     return Traced(
@@ -184,6 +199,7 @@ def trace(
         loss=outputs[result.loss] if result.loss is not None else None,
         baked={path: leaf for path, leaf in leaves.items() if not isinstance(leaf, torch.Tensor)},
         signature=signature,
+        precision=precision,
     )
 
 
@@ -299,7 +315,9 @@ def _refuse_unknown_sizes(module: fx.GraphModule, symbols: Mapping[sympy.Symbol,
                 )
 
 
-def _named_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, tuple[str, ...]]]:
+def _named_state(
+    model: nn.Module, precision: Precision
+) -> tuple[Mapping[str, torch.Tensor], dict[str, tuple[str, ...]]]:
     """Every parameter and buffer once, under its first name; and the further names."""
     first: dict[int, str] = {}
     state: dict[str, torch.Tensor] = {}
@@ -311,12 +329,13 @@ def _named_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, t
         else:
             first[id(tensor)] = name
             state[name] = tensor
-    return state, aliases
+    return state if precision.state is None else InDtype(state, precision.state), aliases
 
 
-def _states(model: nn.Module, module: fx.GraphModule) -> tuple[dict[str, State], dict[str, torch.Tensor]]:
+def _states(
+    model: nn.Module, module: fx.GraphModule, state: Mapping[str, torch.Tensor], aliases: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, State], dict[str, torch.Tensor]]:
     """What stands behind each get_attr target of the exported module; and the constants under names of their own."""
-    state, aliases = _named_state(model)
     first = {alias: name for name, others in aliases.items() for alias in others} | {name: name for name in state}
     transient = {
         f"{prefix}.{name}".lstrip(".")

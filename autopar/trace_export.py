@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from autopar.trace_modes import as_graphs_mean_it, checkpointed
+from autopar.trace_precision import with_state
 from costmodel.errors import CaptureError
 from passes.canonical_import import is_user_file, relative_file
 
@@ -63,8 +64,12 @@ def export(
     run: Callable[[Sequence[torch.Tensor]], tuple[Any, ...]],
     examples: list[torch.Tensor],
     roles: dict[tuple[int, int], str],
+    replacement: Callable[[], Callable[[torch.Tensor], torch.Tensor] | None] = lambda: None,
 ) -> tuple[torch.export.ExportedProgram, dict[tuple[int, int], str]]:
-    """Export with as many symbolic sizes as work: all, the batch, none. Returns the roles that were used."""
+    """Export with as many symbolic sizes as work: all, the batch, none. Returns the roles that were used.
+
+    `replacement` gives, for an attempt, what stands in for each tensor (None: it does itself).
+    """
     attempts = [roles, {place: name for place, name in roles.items() if name == "B"}, {}]
     failure: Exception | None = None
     for attempt, chosen in enumerate(attempts):
@@ -75,9 +80,13 @@ def export(
             {dim: torch.export.Dim.AUTO for dim in range(tensor.dim()) if (index, dim) in chosen}
             for index, tensor in enumerate(rows)
         )
+        replaced = replacement()
+        if replaced is not None:
+            rows = [replaced(tensor) for tensor in rows]
         try:
             with (
-                _left_as_it_was(model), _no_custom_functions(), as_graphs_mean_it(_refusal), _whole_user_stacks(), _quiet(),
+                _left_as_it_was(model), with_state(model, replaced), _no_custom_functions(),
+                as_graphs_mean_it(_refusal), _whole_user_stacks(), _quiet(),
                 torch.compiler.set_stance("force_eager"), torch.enable_grad(),
             ):  # fmt: skip
                 flat = _Flat(model, run)

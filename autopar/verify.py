@@ -39,9 +39,11 @@ from autopar.compare import (
 from autopar.options import call_arguments
 from autopar.parallelize import parallelize
 from autopar.plan import Plan
+from autopar.precision import PRECISIONS, precision_named
 from autopar.ranks import ThreadedRanks
 from autopar.runtime.batch import BatchTypes
 from autopar.trace_models import check_model, inner_model
+from autopar.trace_precision import computing
 from costmodel.errors import BadArgument, WeightsMissing
 from passes.ir import output_types
 from passes.loss import every_term_weighed
@@ -130,6 +132,8 @@ def verify(
         )
     check_model(model)
     args, kwargs = call_arguments(example_inputs)
+    state = precision_named(options.get("precision", "fp32")).state
+    model = model if state is None else copy.deepcopy(model).to(state)
     reference = _without_dropout(model)
     par = parallelize(reference, example_inputs, tp=tp, pp=pp, dp=dp, loss_fn=loss_fn, **options)
     assert par._traced is not None
@@ -141,7 +145,7 @@ def verify(
         )
     ranks = par._ranks()  # with their own copies of parameters and buffers, before the reference updates any
     assert isinstance(ranks, ThreadedRanks)
-    untouched = _outcome(par, reference, args, kwargs, loss_fn)
+    untouched = _outcome(par, reference, args, kwargs, loss_fn, state)
     loss = par.step(*args, **kwargs)
     held = par.plan.parameter_notation
     found = Outcome(
@@ -274,13 +278,21 @@ def _reference_step(
     """
     plan: Plan = par.plan
     signature = par._traced.signature
+    exact = dtype is not None and dtype not in LOW_PRECISION
+    precision = PRECISIONS["fp32"] if exact else par._traced.precision
+    device = next((tensor.device for tensor in reference.parameters()), None)
+
+    def run(call: tuple[Any, dict[str, Any]]) -> torch.Tensor:
+        with computing(precision, device):
+            return _reference_loss(reference, call, loss_fn, dtype)
+
     updates, felt = _buffer_updates(plan)
     batch = par._traced.flatten(args, kwargs)
     parts = _parts(plan, batch)
     before = {name: buffer.clone() for name, buffer in reference.named_buffers()}
     loss = torch.zeros(())
     if not (updates and felt and len(parts) > 1):
-        expected = _reference_loss(reference, signature.bind(args, kwargs), loss_fn, dtype)
+        expected = run(signature.bind(args, kwargs))
         expected.backward()
         if not updates or len(parts) == 1:
             return expected.detach()
@@ -293,12 +305,12 @@ def _reference_step(
         again = signature.rebuild(args, kwargs, [part[name] for name in plan.inputs])
         if felt:
             share = weights[index] / sum(weights) if weights[0] is not None else 1.0
-            expected = _reference_loss(reference, again, loss_fn, dtype) * share
+            expected = run(again) * share
             expected.backward()
             loss = loss + expected.detach()
         else:
             with torch.no_grad():
-                _reference_loss(reference, again, loss_fn, dtype)
+                run(again)
         after[replica] = {name: buffer.clone() for name, buffer in reference.named_buffers()}
     means = {
         name: torch.stack([one[name] for one in after.values()]).mean(0) if buffer.is_floating_point() else after[0][name]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,10 +51,12 @@ def is_composite(node: fx.Node) -> bool:
     )
 
 
-def parts(node: fx.Node, is_trainable: Callable[[fx.Node], bool]) -> tuple[fx.GraphModule, list[fx.Node]] | None:
+def parts(
+    node: fx.Node, is_trainable: Callable[[fx.Node], bool], autocast: AbstractContextManager[Any] | None = None
+) -> tuple[fx.GraphModule, list[fx.Node]] | None:
     """The graph that an exported composite call stands for, and the nodes that its placeholders stand for; None if there
     is no such graph. Some composites take another way where no gradient is wanted, so `is_trainable` says of which
-    arguments it is."""
+    arguments it is. `autocast`: the mode that it was called in."""
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     inputs = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
     values = [source.meta.get("val") for source in inputs]
@@ -70,7 +73,7 @@ def parts(node: fx.Node, is_trainable: Callable[[fx.Node], bool]) -> tuple[fx.Gr
         return target(*args, **kwargs)
 
     try:
-        with fake, torch.enable_grad():
+        with fake, torch.enable_grad(), autocast or nullcontext():
             for k, value in enumerate(values):
                 if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
                     values[k] = value.detach().requires_grad_(wanted[k])

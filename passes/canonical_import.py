@@ -4,9 +4,14 @@ fake tensors.
 - `wrap_with_set_grad_enabled` regions are inlined. A region without gradients is exactly its ops on detached arguments,
   so each trainable argument of such an op goes through one `detach`.
 - `wrap_with_autocast` regions are inlined. Export records their ops with the dtypes that autocast gave, but without the
-  casts. They are found again by comparing: an op whose recorded result dtype is not what its arguments give by
-  themselves had all of its floating arguments cast to that dtype. Casts of parameters are shared inside a region, as
-  autocast's own cache does, because gradients are then summed in the low precision before they are cast back.
+  casts. They are found again: torch's dispatcher knows which ops autocast has a kernel for on that kind of device, and
+  such an op has had all of its floating arguments cast to the dtype of its result, whatever the list it is on (low
+  precision, float32, widest). A composite without such a kernel is written out under autocast, so that the same holds
+  of its parts; where that cannot be, its arguments were cast if its result is not what they give by themselves, or if
+  they mix dtypes and it is made of ops that autocast casts for. Casts of parameters are shared inside a region, as
+  autocast's own cache does, because gradients are then summed in the low precision before they are cast back. (One
+  kind of op is more precise than under autocast: recurrent layers on a CPU, whose steps take turns between dtypes
+  inside of one op, run in the dtype of what they get.)
 - Size arithmetic becomes expressions over the symbolic sizes; assertions on metadata go.
 - Module path and source line are taken from the node's stack: the innermost frame that is neither torch's nor Python's
   own.
@@ -25,7 +30,9 @@ from typing import Any
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from costmodel.errors import CaptureError
 from passes.canonical_composites import is_composite, parts
@@ -84,6 +91,7 @@ class Imports:
 class _Region:
     grad: bool = True
     autocast: torch.dtype | None = None
+    device: str = ""  # the kind of device that autocast is for
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = field(default_factory=dict)
     detached: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -185,8 +193,12 @@ class _Importer:
                 continue
             assert node.op == "call_function", f"torch.export made a {node.op} node: {node.format_node()}"
             written_out = None
-            if region.autocast is None and is_composite(node):
-                written_out = parts(node, lambda source: bool(values[source].meta.get("trainable")) and region.grad)
+            if is_composite(node) and not (region.autocast and has_autocast(node.target, region.device)):
+                written_out = parts(
+                    node,
+                    lambda source: bool(values[source].meta.get("trainable")) and region.grad,
+                    torch.autocast(region.device, region.autocast) if region.autocast is not None else None,
+                )
             if written_out is not None:
                 body, inputs = written_out
                 given = [values[source] for source in inputs]
@@ -236,9 +248,9 @@ class _Importer:
             enabled, body, *inputs = args
             inner = replace(region, grad=bool(enabled), detached={})
         elif name == "wrap_with_autocast":
-            _, dtype, enabled, _, body, *inputs = args
-            dtype = dtype or torch.bfloat16
-            inner = replace(region, autocast=dtype if enabled else None, casts={})
+            device, dtype, enabled, _, body, *inputs = args
+            dtype = dtype or torch.get_autocast_dtype(device)
+            inner = replace(region, autocast=dtype if enabled else None, device=device, casts={})
         elif name in ("wrap", "tag_activation_checkpoint", "wrap_activation_checkpoint"):
             body, *inputs = args
             inner = region
@@ -263,16 +275,15 @@ class _Importer:
     def autocast(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: dict[str, Any], region: _Region
     ) -> tuple[Any, ...]:
-        """The arguments with the casts that autocast did, found from the dtype it gave."""
+        """The arguments with the casts that autocast did, to the dtype of the result."""
         kinds = [meta["tensor"]] if "tensor" in meta else meta.get("tensors", ())
         recorded = next((kind.dtype for kind in kinds if kind.is_floating), None)
         if (
-            recorded is None
+            recorded in (None, torch.float64)
             or not isinstance(target, torch._ops.OpOverload)
             or op_name(target) in ("to", "_to_copy", "detach")
+            or not self.was_cast(target, args, kwargs, recorded, region)
         ):
-            return args
-        if self.natural_dtype(target, args, kwargs) == recorded:
             return args
 
         def cast(arg: Any) -> Any:
@@ -290,7 +301,25 @@ class _Importer:
 
         return fx.node.map_arg(args, cast)
 
-    def natural_dtype(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
+    def was_cast(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: torch.dtype, region: _Region
+    ) -> bool:
+        """Did autocast cast the floating arguments of this call?"""
+        if has_autocast(target, region.device):
+            named = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
+            return named.get("dtype") is None  # a dtype that is asked for is the op's own business
+        seen = _Calls()
+        if self.natural_dtype(target, args, kwargs, seen) != recorded:
+            return True
+        leaves = pytree.tree_leaves((args, kwargs))
+        kinds = [arg.meta["tensor"] for arg in leaves if isinstance(arg, fx.Node) and "tensor" in arg.meta]
+        return len({kind.dtype for kind in kinds if kind.is_floating}) > 1 and any(
+            has_autocast(called, region.device) for called in seen.targets if called is not target
+        )
+
+    def natural_dtype(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: _Calls
+    ) -> torch.dtype | None:
         """The floating dtype an op gives outside of autocast, by running it on the meta device; None if it refuses."""
 
         def empty(arg: fx.Node) -> Any:
@@ -308,7 +337,7 @@ class _Importer:
 
         on_meta = {**fx.node.map_arg(kwargs, empty), **({"device": "meta"} if "device" in kwargs else {})}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), seen:
                 result = target(*fx.node.map_arg(args, empty), **on_meta)
         except RuntimeError:
             return None
@@ -316,6 +345,25 @@ class _Importer:
         return next(
             (item.dtype for item in results if isinstance(item, torch.Tensor) and item.is_floating_point()), None
         )
+
+
+class _Calls(TorchDispatchMode):
+    """What ops an op is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.targets.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def has_autocast(target: Any, device: str) -> bool:
+    """Does autocast have a kernel for this op on that kind of device?"""
+    return isinstance(target, torch._ops.OpOverload) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        target.name(), f"Autocast{device.upper()}"
+    )
 
 
 class _RegionOutputs(list[Any]):

@@ -6,6 +6,7 @@ notebook all ranks are threads of it. Ranks are made at the first use that needs
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 from autopar.auto import decided, is_auto
+from autopar.clipping import checked_norm_type
+from autopar.metrics import Meter, Metrics, ProgressLine, TensorBoard
 from autopar.options import MESH_ORDER, Options, call_arguments, checked_options, model_name
 from autopar.plan import Plan
 from autopar.planner import as_planned, fingerprint, make_plan
@@ -98,8 +101,6 @@ def parallelize(
 
 
 def _world_size() -> int:
-    import os
-
     return (
         torch.distributed.get_world_size()
         if torch.distributed.is_initialized()
@@ -140,6 +141,7 @@ class ParallelModel:
         self._ranks_made: Ranks | None = None
         self._forms: dict[tuple[str, int, int], _Form] = {}  # further forms of the call, by what they are for
         self.training = self._traced_training = model.training
+        self._meter = Meter()
 
     # ---- the plan ---------------------------------------------------------------------------------------------------
 
@@ -329,16 +331,40 @@ class ParallelModel:
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def step(self, *args: Any, accumulate: bool = False, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one whole batch; gradients are added to `.grad`.
 
         Returns the loss as a 0-dim tensor, on every rank: what the single-device model gives for this batch. With replicas (dp > 1)
         each rank of a job gives its replica's batch, a plain process the rows of all; loss and gradients are of all replicas' batches
         together, whatever number of rows or of ignored labels each has. BadArgument, on all ranks, if the model returns no loss, a
         batch does not fit, or replicas' batches differ in more than their rows; RankFailed if another rank died or stalled.
+        accumulate: more steps follow before the optimizer's. With precision="fp16-mixed" gradients are scaled and unscaled in here;
+        after an overflow, on any rank, every `.grad` is None, so an optimizer's step changes nothing (see `autopar.runtime.scaling`).
         """
-        ranks, batch, _ = self._to_train(args, kwargs)
-        return ranks.step(batch)
+        with self._meter.step() as done:
+            ranks, batch, plan = self._to_train(args, kwargs)
+            loss = ranks.step(batch, accumulate=accumulate)
+            done(plan, batch, loss, self._options.device, None if ranks.loss_scale is None else ranks.loss_scale.value)
+        return loss
+
+    @property
+    def metrics(self) -> Metrics:
+        """Of the latest step: see `autopar.metrics`. BadArgument before the first."""
+        if self._meter.latest is None:
+            raise BadArgument("there are no metrics yet", why="no step was made", use="par.step(...) first")
+        return self._meter.latest
+
+    def report(self, *, progress: bool = True, tensorboard: str | None = None) -> None:
+        """From now on show every step's metrics, on rank 0: on one line of the terminal (nothing in a pipe), and as scalars for
+        TensorBoard in a folder. A step is shown when the next begins, the last one by `close`.
+
+        BadArgument if tensorboard is asked for and not installed.
+        """
+        if int(os.environ.get("RANK", "0")) == 0 or not launched():
+            if progress:
+                self._meter.reporters.append(ProgressLine())
+            if tensorboard is not None:
+                self._meter.reporters.append(TensorBoard(tensorboard))
 
     def profile_step(self, *args: Any, **kwargs: Any) -> StepProfile:
         """`step`, recorded: what each rank did when, and where the step's time went.
@@ -358,10 +384,11 @@ class ParallelModel:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward only: the model's output on every rank of the last stage, None on the others (a plain process always gets it)."""
-        form, batch = self._form(args, kwargs, trains=False)
-        ranks = form.ranks()
-        ranks.train(self.training)
-        outputs = ranks.forward(batch)
+        with self._meter.apart():
+            form, batch = self._form(args, kwargs, trains=False)
+            ranks = form.ranks()
+            ranks.train(self.training)
+            outputs = ranks.forward(batch)
         if outputs is None:
             return None
         leaves = dict.fromkeys(leaf for leaf in form.traced.output_leaves if isinstance(leaf, torch.fx.Node))
@@ -385,12 +412,24 @@ class ParallelModel:
             elif parameter.grad is not None:
                 parameter.grad.zero_()
 
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm before.
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """Scale all gradients so that their global norm is at most `max_norm`; returns the norm before, the same on every rank.
 
-        Each parameter counts once whatever tp and pp: shards add up, copies on other ranks and stages are left out.
+        As torch.nn.utils.clip_grad_norm_ on the whole model: each parameter counts once whatever tp and pp: shards add up, copies on
+        other ranks and stages are left out. norm_type: the order, above 0; math.inf for the largest. A gradient that is not finite, on
+        whichever rank, is seen by all: NonFinite if error_if_nonfinite, with no gradient changed.
         """
-        return self._ranks().clip_grad_norm_(max_norm)
+        norm = self._ranks().clip_grad_norm_(max_norm, checked_norm_type(norm_type), error_if_nonfinite)
+        self._meter.clipped(norm)
+        return norm
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What precision="fp16-mixed" multiplies the next step's loss by (see `autopar.runtime.scaling`); None otherwise."""
+        scale = self._ranks().loss_scale
+        return None if scale is None else scale.value
 
     def reductions(self) -> dict[str, int]:
         """How many times the last step summed each parameter's gradient over the replicas, by name: 1 each, whatever the microbatches.
@@ -444,6 +483,7 @@ class ParallelModel:
 
     def close(self) -> None:
         """End the rank threads or leave the job's groups; a later step starts again."""
+        self._meter.close()
         for form in self._forms.values():
             form.ranks().close()
         if self._ranks_made is not None:

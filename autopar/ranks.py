@@ -12,15 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from autopar.clipping import clip_by_part, norm_part, over_axes
 from autopar.plan import Plan
+from autopar.precision import PRECISIONS
 from autopar.program import load_program
 from autopar.runtime.agreement import agree
-from autopar.runtime.axis import TransferFailed
+from autopar.runtime.axis import Axis, TransferFailed
 from autopar.runtime.board import padded
 from autopar.runtime.compiled import Compile
 from autopar.runtime.outputs import join
 from autopar.runtime.parameter_shards import ParameterShards, joined
 from autopar.runtime.record import RankRecord
+from autopar.runtime.scaling import LossScale
 from autopar.runtime.threads import ThreadRanks
 from autopar.runtime.worker import Worker
 from autopar.runtime.world import World
@@ -53,13 +56,15 @@ class Ranks(Protocol):
     `runtime/agreement.py` for its arguments.
     """
 
+    @property
+    def loss_scale(self) -> LossScale | None: ...
     def rows_of_all(self, shape: str, rows: int, refusal: str | None = None) -> int: ...
-    def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
+    def step(self, batch: Mapping[str, torch.Tensor], *, accumulate: bool) -> torch.Tensor: ...
     def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]: ...
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None: ...
     def train(self, mode: bool) -> None: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor: ...
+    def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor: ...
     def reductions(self) -> dict[str, int]: ...
     def state_dict(self) -> Tensors: ...
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None: ...
@@ -90,12 +95,11 @@ def _counts_here(plan: Plan, coords: Mapping[str, int], name: str) -> bool:
     return split_axis(first.parameters[name], plan) is not None or coords.get("tp", 0) == 0
 
 
-def _scale_gradients(parameters: list[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
-    """As torch.nn.utils.clip_grad_norm_ does it."""
-    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad.device))
+def _loss_scale(plan: Plan, like: Ranks | None) -> LossScale | None:
+    """All forms of the call share one."""
+    if like is not None:
+        return like.loss_scale
+    return LossScale() if PRECISIONS[plan.precision].scales_loss else None
 
 
 def _loadable(plan: Plan, traced: Traced, state_dict: Mapping[str, torch.Tensor], wanted: Mapping[str, str]) -> Tensors:
@@ -171,6 +175,7 @@ class ThreadedRanks:
             self.buffers_of = [
                 _shared_buffers(plan, traced, rank, device, shared) for rank, shared in enumerate(like.buffers_of)
             ]
+        self.loss_scale = _loss_scale(plan, like)
         self._threads: ThreadRanks | None = None
         self._training = True
 
@@ -189,17 +194,25 @@ class ThreadedRanks:
                 seed=self.seed,
                 compile=self.compile,
                 shards_per_rank=self.shards_of,
+                loss_scale=self.loss_scale,
             )
         return self._threads
 
     def rows_of_all(self, shape: str, rows: int, refusal: str | None = None) -> int:
         return rows // self.plan.mesh.get("dp", 1)
 
-    def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self._run("step", batch)
+    def step(self, batch: Mapping[str, torch.Tensor], *, accumulate: bool) -> torch.Tensor:
+        return self._scaled("step", batch, accumulate)
 
     def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]:
-        return self._run("profile", batch)
+        return self._scaled("profile", batch, False)
+
+    def _scaled(self, method: str, batch: Mapping[str, torch.Tensor], accumulate: bool) -> Any:
+        if self.loss_scale is None:
+            return self._run(method, batch)
+        parameters = [parameter for _, parameter in self.named_parameters()]
+        with self.loss_scale.step(parameters, self.device, accumulate=accumulate):
+            return self._run(method, batch)
 
     def _run(self, method: str, batch: Mapping[str, torch.Tensor]) -> Any:
         threads = self._started()
@@ -234,16 +247,15 @@ class ThreadedRanks:
             for name, parameter in {**parameters, **(shards.of if shards is not None else {})}.items():
                 yield (name if alone else f"rank {rank}: {name}"), parameter
 
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        squares = [
-            parameter.grad.double().square().sum()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
+        counted = [
+            parameter.grad
             for rank, (parameters, shards) in enumerate(zip(self.parameters_of, self.shards_of, strict=True))
             for name, parameter in (parameters if shards is None else shards.of).items()
             if parameter.grad is not None and _counts_here(self.plan, self.plan.coords(rank), name)
         ]
-        norm = torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
-        _scale_gradients([parameter for _, parameter in self.named_parameters()], norm, max_norm)
-        return norm
+        part = norm_part(counted, norm_type, self.device)
+        return clip_by_part((p for _, p in self.named_parameters()), part, max_norm, norm_type, error_if_nonfinite)
 
     def reductions(self) -> dict[str, int]:
         found: Counter[str] = Counter()
@@ -338,6 +350,7 @@ class ProcessRank:
             self.buffers = _shared_buffers(plan, traced, self.rank, self.world.device, like.buffers)
         placed, others = plan.rank_state(self.rank)
         self._texts = {**placed, **others}
+        self.loss_scale = _loss_scale(plan, like)
         self._worker: Worker | None = None
         self._training = True
 
@@ -347,7 +360,7 @@ class ProcessRank:
             require_values([*self.parameters.items(), *self.buffers.items()])
             self._worker = Worker(
                 _program(self.plan, self.rank), self.world, self.parameters, self.buffers,
-                seed=self.seed, compile=self.compile, shards=self.shards,
+                seed=self.seed, compile=self.compile, shards=self.shards, loss_scale=self.loss_scale,
             )  # fmt: skip
         return self._worker
 
@@ -362,17 +375,26 @@ class ProcessRank:
             suspects, reason = error.suspects, str(error)
         raise self.world.lost(suspects, reason)
 
-    def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        self.worker.train(self._training)
-        return self.worker.step(batch)
+    def step(self, batch: Mapping[str, torch.Tensor], *, accumulate: bool) -> torch.Tensor:
+        return self._scaled(self.worker.step, batch, accumulate)
 
     def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]:
-        self.worker.train(self._training)
-        loss, record = self.worker.profile(batch)
+        loss, record = self._scaled(self.worker.profile, batch, False)
         records: list[RankRecord] = [record] * self.plan.num_ranks
         if self.plan.num_ranks > 1:
             dist.all_gather_object(records, record)
         return loss, records
+
+    def _scaled(self, work: Callable[[Mapping[str, torch.Tensor]], Any], batch: Mapping[str, torch.Tensor], accumulate: bool) -> Any:
+        self.worker.train(self._training)
+        if self.loss_scale is None:
+            return work(batch)
+        parameters = [parameter for _, parameter in self.named_parameters()]
+        with self.loss_scale.step(parameters, self.world.device, self._axes(), accumulate=accumulate):
+            return work(batch)
+
+    def _axes(self) -> list[Axis]:
+        return [self.world.axis(name) for name in self.plan.mesh]
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None:
         self.worker.train(self._training)
@@ -394,16 +416,15 @@ class ProcessRank:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from {**self.parameters, **(self.shards.of if self.shards is not None else {})}.items()
 
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for name, parameter in (self.parameters if self.shards is None else self.shards.of).items():
-            if parameter.grad is not None and _counts_here(self.plan, self.coords, name):
-                total += parameter.grad.double().square().sum()
-        for name in self.plan.mesh:
-            total = self.world.axis(name).all_reduce(total)
-        norm = total.sqrt().float()
-        _scale_gradients([parameter for _, parameter in self.named_parameters()], norm, max_norm)
-        return norm
+    def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
+        counted = [
+            parameter.grad
+            for name, parameter in (self.parameters if self.shards is None else self.shards.of).items()
+            if parameter.grad is not None and _counts_here(self.plan, self.coords, name)
+        ]
+        part = norm_part(counted, norm_type, self.world.device)
+        part = over_axes(part, norm_type, [axis.all_gather for axis in self._axes()])
+        return clip_by_part((p for _, p in self.named_parameters()), part, max_norm, norm_type, error_if_nonfinite)
 
     def reductions(self) -> dict[str, int]:
         return dict(self.worker.reductions)

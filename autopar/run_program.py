@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ import torch.distributed as dist
 
 from autopar.emit_files import PLAN_FILE, load_weights, read_program, save_weights, weights_file
 from autopar.plan import Plan
+from autopar.precision import PRECISIONS
 from autopar.program import Program
 from autopar.runtime.batch import BatchTypes
 from autopar.runtime.parameter_shards import ParameterShards
+from autopar.runtime.scaling import LossScale
 from autopar.runtime.worker import Worker
 from autopar.runtime.world import World, check_world_size
 from autopar.state import check_shape, local_piece
@@ -106,16 +109,19 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
             name: torch.nn.Parameter(p.detach().to(world.device), requires_grad=p.requires_grad)
             for name, p in parameters.items()
         }
+        scale = LossScale() if PRECISIONS[_plan(folder).precision].scales_loss else None
         shards = ParameterShards(parameters, program.mesh["dp"], program.coords["dp"], program.zero) if program.zero else None
         worker = Worker(
             program, world, parameters, {name: b.to(world.device) for name, b in buffers.items()}, seed=arguments.seed,
-            shards=shards,
+            shards=shards, loss_scale=scale,
         )  # fmt: skip
+        axes = [world.axis(name) for name in program.mesh]
         trained = [p for p in (parameters if shards is None else shards.of).values() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=arguments.lr) if trained else None
         for step in range(arguments.steps or len(batches)):
             of_replicas = BatchTypes(program.batch, 1).over_replicas(batches[step % len(batches)], program.mesh.get("dp", 1))
-            loss = worker.step(of_replicas[program.coords.get("dp", 0)])
+            with scale.step(trained, world.device, axes) if scale is not None else nullcontext():
+                loss = worker.step(of_replicas[program.coords.get("dp", 0)])
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -63,6 +63,10 @@ class RankFailed(AutoparError, RuntimeError):
     """A rank died or stalled during a step; the message names the rank and the instruction it was in."""
 
 
+class NonFinite(AutoparError, RuntimeError):
+    """A gradient on some rank is infinite or no number, and `clip_grad_norm_` was asked to say so. Every rank raises it."""
+
+
 class WeightsMissing(AutoparError):
     """A step was asked for while parameters have no values (a model built on the meta device that was not loaded)."""
 

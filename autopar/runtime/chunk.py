@@ -107,6 +107,7 @@ class Chunk:
         self.rings: Rings | None = None
         self._trained = [tensors[name] for name in cls.PARAMS if tensors[name].requires_grad]
         self._first_backward = True
+        self.loss_scale = 1.0  # what the loss's gradient starts from
         # Filled by `connect`: values for other stages of this rank (place in SENDS, stage, place in its RECEIVES), and
         # gradients for them (place in RECEIVES, stage, slot there).
         self._hands_on: list[tuple[int, Chunk, int]] = []
@@ -216,7 +217,7 @@ class Chunk:
             loss = outputs[self._loss]
             self.step_losses.append(loss.detach())
             if loss.requires_grad:
-                flight.losses.append((get_gradient_edge(loss), torch.ones_like(loss)))
+                flight.losses.append((get_gradient_edge(loss), torch.full_like(loss, self.loss_scale)))
         self._pass_on(flight, microbatch, outputs)
 
     def forward_only(self, microbatch: int) -> None:

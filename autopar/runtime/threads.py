@@ -29,6 +29,7 @@ from autopar.runtime.compiled import Compile
 from autopar.runtime.gradients import REPLICA_AXIS
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord
+from autopar.runtime.scaling import LossScale
 from autopar.runtime.worker import Interrupted, Worker
 from autopar.runtime.world import TIMEOUT_SECONDS, World, check_world_size, coords_of
 from costmodel.errors import AutoparError, RankFailed
@@ -52,6 +53,7 @@ class _Job:
     timeout_seconds: float
     compile: Compile
     shards: ParameterShards | None
+    loss_scale: LossScale | None
 
     def worker(self) -> Worker:
         world = World.in_thread(
@@ -59,7 +61,7 @@ class _Job:
         )
         return Worker(
             self.program, world, self.parameters, self.buffers, seed=self.seed, compile=self.compile, joins_replicas=True,
-            shards=self.shards,
+            shards=self.shards, loss_scale=self.loss_scale,
         )  # fmt: skip
 
 
@@ -126,6 +128,7 @@ class ThreadRanks:
         timeout_seconds: float = TIMEOUT_SECONDS,
         compile: Compile = False,
         shards_per_rank: Sequence[ParameterShards | None] | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         check_world_size(len(programs), mesh)
         self.mesh, self.num_ranks = dict(mesh), len(programs)
@@ -133,6 +136,7 @@ class ThreadRanks:
         self._device, self._seed, self._timeout_seconds = torch.device(device), seed, timeout_seconds
         self._compile: Compile = compile
         self._shards = shards_per_rank if shards_per_rank is not None else [None] * len(programs)
+        self._loss_scale = loss_scale
         self._batch_types = BatchTypes(programs[0].batch, microbatches, tuple(mesh))
         self._training = True
         self._ranks: list[_Rank] = []
@@ -171,12 +175,13 @@ class ThreadRanks:
 
     def _jobs(self) -> list[_Job]:
         store, memory = dist.HashStore(), Board.memory(self.num_ranks)
-        return [
-            _Job(
-                *state, rank, self.mesh, store, memory, self._device, self._seed, self._timeout_seconds, self._compile, shards
-            )
-            for rank, (state, shards) in enumerate(zip(self._state, self._shards, strict=True))
-        ]
+        return [self._job(rank, store, memory) for rank in range(self.num_ranks)]
+
+    def _job(self, rank: int, store: dist.Store, memory: bytearray) -> _Job:
+        return _Job(
+            *self._state[rank], rank, self.mesh, store, memory,
+            self._device, self._seed, self._timeout_seconds, self._compile, self._shards[rank], self._loss_scale,
+        )  # fmt: skip
 
     def _each(self, method: str, batch: Mapping[str, torch.Tensor]) -> list[Any]:
         batches = self._batch_types.over_replicas(batch, self.mesh.get(REPLICA_AXIS, 1))

@@ -33,6 +33,7 @@ from autopar.runtime.outputs import join, share_loss
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord, meet, recorded_step
 from autopar.runtime.replicas import mean_over
+from autopar.runtime.scaling import LossScale
 from autopar.runtime.transfers import TRANSFERS, Line, Transfers
 from autopar.runtime.world import World
 from costmodel.errors import BadPlan, RankFailed
@@ -63,7 +64,8 @@ class Worker:
     `parameters` and `buffers` are this rank's local tensors under the user's names. `step` leaves gradients in
     `.grad`, added to what was there. `microbatches` is checked against the schedule. `seed` starts the stages' random
     generators. `compile`: torch.compile for the stages' forwards (see `compiled.py`). `record`: while it is a list, a
-    step adds what it did: (instruction, start, end) in seconds of time.perf_counter.
+    step adds what it did: (instruction, start, end) in seconds of time.perf_counter. `loss_scale`: gradients are of the
+    loss times its value; to divide them is for whoever holds the parameters (see `scaling.py`).
 
     With data parallelism the batch of `step` is this replica's, the loss and the gradients are of all replicas' together;
     buffers that forward updates are averaged over them. `forward` is of this replica's batch alone, unless
@@ -83,6 +85,7 @@ class Worker:
         compile: Compile = False,
         joins_replicas: bool = False,
         shards: ParameterShards | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         if dict(program.mesh) != world.mesh or dict(program.coords) != world.coords:
             raise BadPlan(
@@ -93,6 +96,7 @@ class Worker:
             raise BadPlan(f"The schedule has {self.num_microbatches} microbatches, not {microbatches}.")
         self.program, self.world = program, world
         self._replicas, self._joins_replicas = world.axis(REPLICA_AXIS), joins_replicas
+        self._loss_scale = loss_scale
         self.parameters, self.buffers = dict(parameters), dict(buffers)
         self.record: list[tuple[str, float, float]] | None = None
         self._batch_types = BatchTypes(program.batch, self.num_microbatches, tuple(world.mesh))
@@ -240,6 +244,8 @@ class Worker:
 
     def _step(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> torch.Tensor:
         self._prepare(batch, layout, self._replicas)
+        if self._loss_scale is not None and self._loss_chunk is not None:
+            self._loss_chunk.loss_scale = self._loss_scale.value
         self._sums.begin()
         with torch.enable_grad():
             self._execute(*self._training)

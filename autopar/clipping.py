@@ -1,0 +1,74 @@
+"""Gradient norms over all ranks, and clipping: what `torch.nn.utils.clip_grad_norm_` does for one device.
+
+A rank contributes the gradients of which it holds the piece to count (a copy of a whole tensor, a tied weight's further stages and other
+replicas do not), as one number: the sum of |g|^p, or the largest |g|. The numbers of all ranks are gathered, not reduced, and combined in
+one order: so every rank gets the same norm to the last bit, and sees alike what is not finite on one of them only, also in a maximum,
+where a reduction may lose a NaN. Sums are made in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from costmodel.errors import BadArgument, NonFinite
+
+
+def checked_norm_type(norm_type: float) -> float:
+    """A float above 0, infinity included. BadArgument for anything else."""
+    try:
+        value = float(norm_type)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not value > 0:
+        raise BadArgument(f"norm_type = {norm_type!r}", use="a number above 0, such as 2, or math.inf")
+    return value
+
+
+def norm_part(gradients: Iterable[torch.Tensor], norm_type: float, device: torch.device | str) -> torch.Tensor:
+    """A rank's part of a norm, 0-dim float64: the sum of |g|^norm_type, or the largest |g|. 0 for no gradients."""
+    return combined_parts([_part(each, norm_type) for each in gradients if each.numel()], norm_type, device)
+
+
+def _part(gradient: torch.Tensor, norm_type: float) -> torch.Tensor:
+    if norm_type == math.inf:
+        return gradient.abs().amax().double()
+    gradient = gradient.double()
+    return gradient.square().sum() if norm_type == 2 else gradient.abs().pow(norm_type).sum()
+
+
+def combined_parts(parts: Sequence[torch.Tensor], norm_type: float, device: torch.device | str) -> torch.Tensor:
+    """Parts of several gradients, ranks or axes as one."""
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    stacked = torch.stack([part.to(device) for part in parts])
+    return stacked.amax() if norm_type == math.inf else stacked.sum()
+
+
+def clip_by_part(
+    parameters: Iterable[torch.Tensor], part: torch.Tensor, max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> torch.Tensor:
+    """Scale the gradients of `parameters` given the whole norm's part; returns the norm, 0-dim float32.
+
+    As torch does: by max_norm / (norm + 1e-6), where that is below 1. NonFinite, with no gradient changed, where that is asked for.
+    """
+    norm = (part if norm_type == math.inf else part.pow(1.0 / norm_type)).float()
+    if error_if_nonfinite and not bool(torch.isfinite(norm)):
+        raise NonFinite(
+            f"the gradients' norm of order {norm_type:g} is {norm.item()}", why="a gradient on some rank is not finite",
+            use="error_if_nonfinite=False to go on; no gradient has been changed",
+        )  # fmt: skip
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor.to(parameter.grad.device))
+    return norm
+
+
+def over_axes(part: torch.Tensor, norm_type: float, gathers: Iterable[Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+    """The part of all ranks: gathered over one axis of the mesh after the other."""
+    for gather in gathers:
+        part = combined_parts(list(gather(part).unbind(0)), norm_type, part.device)
+    return part

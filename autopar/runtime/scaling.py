@@ -1,0 +1,89 @@
+"""Loss scaling: what keeps the gradients of fp16 activations from underflow. `torch.amp.GradScaler`'s rule, inside a step.
+
+Design note. A step's backward starts from the scale instead of from 1, so all gradients, between stages too, are that much larger; at the
+end of the step they are divided by it, and are then what they would be without. If one is not finite on any rank, all ranks know: the
+step is an overflow. It leaves no gradients (`.grad` None, so any optimizer leaves the parameters and its own state alone, as a GradScaler
+that skips), and the scale is halved; after 2,000 steps without one it is doubled. The first steps usually overflow: 65,536 is
+meant to be too much. `step` returns the loss all the same.
+
+Several steps for one update (`accumulate=True`): gradients that are there already are multiplied by the scale (a power of 2, so exactly)
+and divided with the others. An overflow in any of them is one of the update: the last leaves no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from autopar.runtime.axis import Axis
+
+INITIAL = 2.0**16
+GROWTH_STEPS = 2000
+
+
+class LossScale:
+    """The scale that all ranks share in value. `value` is it; `skipped` counts the updates that overflowed."""
+
+    def __init__(self) -> None:
+        self.value = INITIAL
+        self.skipped = 0
+        self._since_overflow = 0
+        self._overflow = False  # in an earlier step of the same update
+
+    @contextmanager
+    def step(
+        self, parameters: Sequence[torch.Tensor], device: torch.device, axes: Iterable[Axis] = (), *,
+        accumulate: bool = False,
+    ) -> Iterator[None]:  # fmt: skip
+        """Around a step of the ranks of `axes`, which hold `parameters`. `accumulate`: another step of the same update follows.
+
+        A step that raises leaves what gradients it leaves divided.
+        """
+        _multiply(parameters, self.value)
+        try:
+            yield
+        except BaseException:
+            _multiply(parameters, 1.0 / self.value)
+            raise
+        self._finish(parameters, device, axes, accumulate)
+
+    def _finish(
+        self, parameters: Sequence[torch.Tensor], device: torch.device, axes: Iterable[Axis], accumulate: bool
+    ) -> None:
+        overflow = _unscale([each.grad for each in parameters if each.grad is not None], 1.0 / self.value, device)
+        for axis in axes:
+            overflow = axis.all_reduce(overflow)
+        self._overflow = self._overflow or bool(overflow)
+        if self._overflow:
+            for parameter in parameters:
+                parameter.grad = None
+        if accumulate:
+            return
+        overflowed, self._overflow = self._overflow, False
+        if overflowed:
+            self.value, self._since_overflow = self.value / 2, 0
+            self.skipped += 1
+        else:
+            self._since_overflow += 1
+            if self._since_overflow == GROWTH_STEPS:
+                self.value, self._since_overflow = self.value * 2, 0
+
+
+def _multiply(parameters: Iterable[torch.Tensor], factor: float) -> None:
+    """Gradients that are there."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+
+
+def _unscale(gradients: list[torch.Tensor], factor: float, device: torch.device) -> torch.Tensor:
+    """Multiply in place; [1], above 0 if one is not finite. By the kernel that a GradScaler uses."""
+    groups: dict[torch.dtype, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        groups.setdefault(gradient.dtype, []).append(gradient)
+    found, factor_there = torch.zeros(1, device=device), torch.full((1,), factor, device=device)
+    for group in groups.values():
+        torch._amp_foreach_non_finite_check_and_unscale_(group, found, factor_there)
+    return found

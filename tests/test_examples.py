@@ -1,5 +1,6 @@
 """Every file of examples/ runs, in its short form, and prints what its reader came for."""
 
+import math
 import re
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
@@ -73,6 +75,27 @@ def test_train_gpt_equals_the_untouched_model_in_all_three_places(start):
     assert re.search(r"validation loss \d\.\d+ is (not )?below the bigram's \d\.\d+ after 12 steps", output)
     sampled = output.split("sampled from the gathered model:\n")[1]
     assert sampled.startswith("def ") and len(sampled) >= 150
+
+
+@pytest.mark.parametrize(
+    ("start", "degrees"),
+    [("threads", "--tp 1 --pp 2 --dp 2"), pytest.param("processes", "--tp 2 --pp 2 --dp 1", marks=pytest.mark.slow),
+     ("torchrun", "--tp 2 --pp 1 --dp 2")],
+)  # fmt: skip
+def test_finetune_hf_learns_in_all_three_places(start, degrees):
+    arguments = ("examples/finetune_hf.py", *degrees.split(), "--rows", "8", "--seq", "32", "--steps", "12", "--evaluate", "6")
+    output = torchrun(*arguments) if start == "torchrun" else run(*arguments, *(["--launch"] if start == "processes" else []))
+    lines = re.findall(r"^step (\d+): loss (\S+), grad norm \S+, .* tokens/s, .*; held-out loss (\S+)$", output, re.MULTILINE)
+    assert [int(step) for step, _, _ in lines] == [6, 12]
+    assert all(float(lines[1][place]) < float(lines[0][place]) < math.log(256) for place in (1, 2))
+
+
+def test_finetune_hf_goes_on_from_a_checkpoint_folder(tmp_path):
+    sizes = {"vocab_size": 256, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    output = run("examples/finetune_hf.py", "--model", str(tmp_path), "--pp", "2", *["--rows", "8", "--seq", "32", "--steps", "2", "--evaluate", "2"])
+    assert "held-out loss" in output
 
 
 def test_train_gpt_help_names_its_options():

@@ -85,7 +85,8 @@ def test_train_gpt_equals_the_untouched_model_in_all_three_places(start):
 def test_finetune_hf_learns_in_all_three_places(start, degrees):
     arguments = ("examples/finetune_hf.py", *degrees.split(), "--rows", "8", "--seq", "32", "--steps", "12", "--evaluate", "6")
     output = torchrun(*arguments) if start == "torchrun" else run(*arguments, *(["--launch"] if start == "processes" else []))
-    lines = re.findall(r"^step (\d+): loss (\S+), grad norm \S+, .* tokens/s, .*; held-out loss (\S+)$", output, re.MULTILINE)
+    pattern = r"^step (\d+): loss (\S+), grad norm \S+, .* tokens/s, .*; held-out loss (\S+)$"
+    lines = re.findall(pattern, output, re.MULTILINE)
     assert [int(step) for step, _, _ in lines] == [6, 12]
     assert all(float(lines[1][place]) < float(lines[0][place]) < math.log(256) for place in (1, 2))
 

@@ -275,3 +275,27 @@ def test_tensorboard_that_is_not_installed_is_a_clear_error(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(BadArgument, match=r"autopar\[tensorboard\]"):
         par.report(tensorboard=str(tmp_path))
+
+
+# ---- beside data parallelism -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_norms_and_overflows_are_alike_on_all_replicas(zero: int) -> None:
+    model, batch = made()
+    par = autopar.parallelize(model, batch, tp=2, dp=2, zero=zero)
+    par.step(**batch)
+    loss_of(model, batch).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for norm_type in (2, math.inf):
+        expected = torch.nn.utils.get_total_norm(gradients, norm_type)
+        torch.testing.assert_close(par.clip_grad_norm_(math.inf, norm_type), expected, rtol=1e-5, atol=0.0)
+    par.close()
+    torch.manual_seed(0)
+    steep, points = Steep(), {"x": torch.randn(8, 16), "y": torch.randn(8, 16)}
+    par = autopar.parallelize(steep, points, dp=2, pp=2, microbatches=1, zero=zero, precision="fp16-mixed")
+    losses, scales = trained(par, steep, points, 8)
+    expected_losses, expected_scales = trained(None, copy.deepcopy(steep), points, 8)
+    assert scales == expected_scales and scales[0] == 2.0**15
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-3, atol=0.0)  # fp16: 5e-4 of a value
+    par.close()

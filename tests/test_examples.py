@@ -95,7 +95,8 @@ def test_finetune_hf_goes_on_from_a_checkpoint_folder(tmp_path):
     sizes = {"vocab_size": 256, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
     config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    output = run("examples/finetune_hf.py", "--model", str(tmp_path), "--pp", "2", *["--rows", "8", "--seq", "32", "--steps", "2", "--evaluate", "2"])
+    short = ("--rows", "8", "--seq", "32", "--steps", "2", "--evaluate", "2")
+    output = run("examples/finetune_hf.py", "--model", str(tmp_path), "--pp", "2", *short)
     assert "held-out loss" in output
 
 

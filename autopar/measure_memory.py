@@ -36,10 +36,10 @@ from autopar.deferred import Product, add_deferred
 from autopar.emit import emit_stage
 from autopar.program import StageModule, freeing
 from autopar.runtime.axis import GlooAxis, GroupAxis, LocalAxis
-from autopar.runtime.batch import SHARE
 from costmodel.memory import MicrobatchBytes, Phase
 from passes.ir import is_state, is_trainable, tensor_type
 from passes.localize import sharding
+from passes.loss import SHARE, TOTAL
 from passes.placement import local_shape, local_type, parse_type
 from passes.recompute import Saves
 
@@ -156,7 +156,7 @@ def fake_stage(stage: StagePlan, plan: Plan, sizes: Mapping[str, int], kind: typ
         keywords: dict[str, Any] = {}
         for name, parameter in inspect.signature(module.forward).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:
-                if name.startswith(SHARE):
+                if name.startswith((SHARE, TOTAL)):
                     keywords[name] = torch.empty(())
                 else:
                     keywords[name] = _empty(plan.inputs[name], sizes, plan) if name in plan.inputs else sizes[name]

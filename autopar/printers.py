@@ -127,6 +127,8 @@ def _layer_norm(
 PRINTERS: dict[Any, Printer] = {
     aten.add.Tensor: _infix("+"),
     aten.sub.Tensor: _infix("-"),
+    aten.eq.Scalar: _infix("=="),
+    aten.masked_fill.Scalar: _method("masked_fill"),
     aten.mul.Tensor: _infix("*"),
     aten.div.Tensor: _infix("/"),
     aten.neg.default: lambda x: f"-{_operand(x)}",

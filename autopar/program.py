@@ -6,8 +6,8 @@ with a loss the function `loss_weights`. It runs under the runtime's Worker; it 
 - `BATCH` (optional): the types of all of the model's inputs. It binds the size names on stages that read few inputs
   or none. If it is missing, the stages' own INPUTS are used.
 - `loss_weights(*, <inputs>, <sizes>) -> tuple`: how much each of the loss terms of these rows counts: the number of
-  labels for a mean over labels, None for a sum. A microbatch's share is its weight over the sum of all microbatches'
-  weights. It may ask for `p` and `device`, which are then the stage's.
+  labels for a mean over labels, None for a sum. A microbatch's `loss_share` is its weight over the sum of all
+  microbatches' weights, `loss_total` that sum. It may ask for `p` and `device`, which are then the stage's.
 - `LOSS_STAGE` (optional): the stage whose outputs hold `loss`; the last if it is missing.
 - `STAGE_RANKS` (where a rank has several stages): the pipeline rank of every stage. A program's classes are the stages
   of its rank, in ascending order.

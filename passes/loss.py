@@ -5,11 +5,15 @@ pass walks from the loss back through what is linear (sums, scalings, casts, vie
 
 - a mean over labels that are not ignored weighs by their number (by the sum of their class weights, if there are any),
 - a mean over elements weighs by the rows of the microbatch,
-- a sum divided by something that depends on the inputs alone, such as a mask's sum, weighs by that divisor,
+- a sum divided by a function of a sum over the inputs alone, such as a mask's sum (at least 1, say), is divided by that function of the
+  whole batch's sum, and then adds up,
 - a sum already adds up.
 
 Each averaging term is multiplied by its `loss_share`, the microbatch's weight over the batch's, an input that the runtime fills in from
-the program's `loss_weights` function before the first forward. With one microbatch the share is 1 and changes no bit.
+the program's `loss_weights` function before the first forward; a divisor's sum is replaced by its `loss_total`, the sum of the weights.
+With one microbatch the share is 1, the total the sum itself, and neither changes a bit. A microbatch in which every label is ignored
+has the mean 0 / 0: it is replaced by 0 where its share is 0. (A batch of such microbatches alone has shares of 0 / 0, and its loss is
+nan, as it is on one device.)
 """
 
 from __future__ import annotations
@@ -28,6 +32,11 @@ from passes.rows import where_rows_meet
 from passes.shard import computed_once
 
 aten = torch.ops.aten
+
+SHARE, TOTAL = (
+    "loss_share",
+    "loss_total",
+)  # inputs of stages: a term's part of the batch's loss, the batch's sum for a divisor
 
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default}
 _PASS_THROUGH = _CASTS | {
@@ -66,6 +75,10 @@ class WeightedLoss:
 class _Term:
     node: fx.Node
     weight: MakeWeight
+    can_be_empty: bool = False  # its weight can be 0, and its value is then 0 / 0
+    total: fx.Node | None = (
+        None  # of a divisor: the sum that the whole batch's takes the place of; there is no share then
+    )
 
 
 def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
@@ -86,15 +99,22 @@ def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
     walk.visit(copies[loss])
     copies[loss].meta["loss"] = True
     meeting = dict.fromkeys(str(origin(node)) or str(node.target) for node in where_rows_meet(walk.ends, walk.weighed))
-    shares = [_insert_share(graph, term.node, index) for index, term in enumerate(walk.terms)]
-    _retype(graph, set(shares))
-    if any(term.node is copies[loss] for term in walk.terms):
+    weights = (
+        _weights_module(copied, walk.terms) if walk.terms else None
+    )  # before a total takes the place of what it weighs
+    shares: dict[fx.Node, fx.Node] = {}
+    for index, term in enumerate(walk.terms):
+        if term.total is not None:
+            _insert_total(graph, term, index)
+        else:
+            shares[term.node] = _insert_share(graph, term, index)
+    _retype(graph, set(shares.values()))
+    if copies[loss] in shares:
         copies[loss].meta.pop("loss")
-        shares[[term.node for term in walk.terms].index(copies[loss])].meta["loss"] = True
-    weights = _weights_module(copied, walk.terms) if walk.terms else None
+        shares[copies[loss]].meta["loss"] = True
     graph.lint()
     copied.recompile()
-    return WeightedLoss(copied, weights, len(shares), tuple(walk.notes), tuple(meeting))
+    return WeightedLoss(copied, weights, len(walk.terms), tuple(walk.notes), tuple(meeting))
 
 
 def every_term_weighed(loss: fx.Node) -> bool:
@@ -106,18 +126,51 @@ def every_term_weighed(loss: fx.Node) -> bool:
     return linear and bool(inner) and all(map(every_term_weighed, inner))
 
 
-def _insert_share(graph: fx.Graph, term: fx.Node, index: int) -> fx.Node:
-    kind = tensor_type(term)
-    assert kind is not None
+def _insert_input(graph: fx.Graph, name: str, index: int, dtype: torch.dtype) -> fx.Node:
     first = next(node for node in graph.nodes if node.op != "placeholder" or size_expr(node) is not None)
     with graph.inserting_before(first):
-        share = graph.placeholder(f"loss_share_{index}")
-    share.meta = {"tensor": TensorType(torch.float32, ()), "trainable": False, "loss_share": index}
-    with graph.inserting_after(term):
-        scaled = graph.call_function(aten.mul.Tensor, (term, share))
-    scaled.meta = {"tensor": kind, "trainable": term.meta.get("trainable", False), "origin": origin(term)}
-    term.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+        node = graph.placeholder(f"{name}_{index}")
+    node.meta = {"tensor": TensorType(dtype, ()), "trainable": False, "loss_share": index}
+    return node
+
+
+def _insert_share(graph: fx.Graph, weighed: _Term, index: int) -> fx.Node:
+    term, share = weighed.node, _insert_input(graph, SHARE, index, torch.float32)
+    kind = tensor_type(term)
+    assert kind is not None
+    trainable = term.meta.get("trainable", False)
+    value, added = term, set[fx.Node]()
+    with graph.inserting_before(term.next):
+        if weighed.can_be_empty:
+            empty = _call(graph, aten.eq.Scalar, (share, 0), TensorType(torch.bool, ()), term)
+            value = _call(graph, aten.masked_fill.Scalar, (term, empty, 0), kind, term)
+            value.meta["trainable"] = trainable
+            added.add(value)
+        scaled = _call(graph, aten.mul.Tensor, (value, share), kind, term)
+    scaled.meta["trainable"] = trainable
+    added.add(scaled)
+    term.replace_all_uses_with(scaled, delete_user_cb=lambda user: user not in added)
     return scaled
+
+
+def _insert_total(graph: fx.Graph, term: _Term, index: int) -> None:
+    """Divide `term` by the function of the whole batch's sum that it divides the microbatch's by."""
+    summed, divisor = term.total, term.node.args[1]
+    assert summed is not None and isinstance(divisor, fx.Node)
+    kind = tensor_type(summed)
+    assert kind is not None
+    chain = [divisor]
+    while chain[-1] is not summed:
+        chain.append(next(arg for arg in chain[-1].all_input_nodes if tensor_type(arg) is not None))
+    copies = {summed: _insert_input(graph, TOTAL, index, kind.dtype)}
+    with graph.inserting_before(term.node):
+        for node in reversed(chain[:-1]):
+            copies[node] = graph.node_copy(node, lambda arg: copies.get(arg, arg))
+            copies[node].meta = dict(node.meta)
+    term.node.replace_input_with(divisor, copies[divisor])
+    for node in chain:
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _retype(graph: fx.Graph, changed: set[fx.Node]) -> None:
@@ -169,12 +222,35 @@ class _Walk:
                 node.target in (aten.div.Tensor, aten.div.Scalar) and parametric == [node.args[0]] and len(rest) == 1
             )
             if divides and self._adds_up(parametric[0]):
-                self.terms.append(_Term(node, lambda graph, copies, divisor=rest[0]: copies[divisor]))  # type: ignore[misc]
+                total = self._sum_inside(rest[0])
+                weight = total if total is not None else rest[0]
+                if total is None and tensor_type(rest[0]) is not None:
+                    self.notes.append(
+                        f"{origin(node)}: not known how its divisor adds up over the batch; taken to be a sum"
+                    )
+                self.terms.append(_Term(node, lambda graph, copies: copies[weight], total=total))
                 return None
         if self._adds_up(node):
             return None
         self.ends.append(node)
-        self.terms.append(_Term(node, self._weight(node)))
+        counted = node.target in _LABELLED and _argument(node, 1, "target", None) not in self.parametric
+        self.terms.append(_Term(node, self._weight(node), can_be_empty=counted))
+        return None
+
+    def _sum_inside(self, divisor: fx.Node) -> fx.Node | None:
+        """The sum over the batch that a scalar divisor is a function of: through casts, bounds, and whatever else has one tensor."""
+        node = divisor
+        while (kind := tensor_type(node)) is not None and kind.shape == ():
+            if node.target in _SUMS:
+                return node if node in self.data else None
+            tensors = [arg for arg in node.all_input_nodes if tensor_type(arg) is not None]
+            if (
+                node.op != "call_function"
+                or len(tensors) != 1
+                or any(arg in self.data for arg in node.all_input_nodes if arg is not tensors[0])
+            ):
+                return None
+            node = tensors[0]
         return None
 
     @staticmethod

@@ -149,6 +149,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "mean of a masked sum": lambda logits, labels, mask: (
         (entropies(logits, labels, reduction="none") * mask.flatten()).sum() / mask.sum()
     ),
+    "over at least one": lambda logits, labels, mask: (
+        (entropies(logits, labels, reduction="none") * mask.flatten()).sum() / mask.sum().clamp(min=20.0)
+    ),
+    "over a root": lambda logits, labels, mask: (logits.square().mean(-1) * mask).sum() / (mask.sum() + 1e-6).sqrt(),
     "mean over elements": lambda logits, labels, mask: logits.square().mean(),
     "mean squared error": lambda logits, labels, mask: F.mse_loss(logits.mean(-1), mask),
     "sum of squares": lambda logits, labels, mask: F.mse_loss(logits[..., 0], mask, reduction="sum") * 0.5,
@@ -193,6 +197,20 @@ def test_ten_rows_in_four_microbatches_with_different_numbers_of_labels(kind: st
     assert_equal_to(model, par, loss, expected)
     output = par.eval()(**batch)
     assert abs(loss_of(output).item() - expected.item()) <= 1e-6 * max(1.0, abs(expected.item()))
+    par.close()
+
+
+@pytest.mark.parametrize(
+    "kind", ["mean over labels", "label smoothing", "class weights", "mean of a masked sum", "over at least one"]
+)
+def test_a_microbatch_without_a_label_counts_nothing(kind: str) -> None:
+    model, batch = Classifier(LOSSES[kind]), ragged_batch()
+    batch["labels"][:3], batch["mask"][:3] = -100, 0.0  # the first of four microbatches
+    par = autopar.parallelize(model, batch, tp=2, pp=2, microbatches=4)
+    loss = par.step(**batch)
+    expected = loss_of(model(**batch))
+    expected.backward()
+    assert_equal_to(model, par, loss, expected)
     par.close()
 
 

@@ -18,10 +18,10 @@ from autopar.program import Program, StageModule
 from autopar.runtime.axis import Axis
 from costmodel.errors import BadArgument
 from passes.ir import TensorType, size_symbol
+from passes.loss import SHARE, TOTAL
 from passes.placement import parse_type
 
 ROWS = "B"
-SHARE = "loss_share"
 _KEPT_LAYOUTS = 32
 
 
@@ -151,7 +151,10 @@ class Arguments:
         names = _keyword_names(stage.forward)
         self._types, self._device = types, device
         self._share_places = {
-            name: int(name.removeprefix(SHARE).lstrip("_") or 0) for name in names if name.startswith(SHARE)
+            name: (prefix == TOTAL, int(name.removeprefix(prefix).lstrip("_") or 0))
+            for name in names
+            for prefix in (SHARE, TOTAL)
+            if name.startswith(prefix)
         }
         self._inputs = tuple(name for name in names if name in program.batch)
         self._sizes = tuple(name for name in names if name not in program.batch and name not in self._share_places)
@@ -174,16 +177,19 @@ class Arguments:
             for given, sizes in zip(keywords, layout.sizes, strict=True):
                 given.update((name, sizes[name]) for name in self._sizes)
         if self._share_places:
-            for given, shares in zip(keywords, self._shares(batch, layout, replicas), strict=True):
-                given.update((name, shares[place]) for name, place in self._share_places.items())
+            of_terms = self._shares(batch, layout, replicas)
+            for place, given in enumerate(keywords):
+                for name, (total, term) in self._share_places.items():
+                    shares, whole = of_terms[term]
+                    given[name] = whole if total else shares[place]
         return keywords
 
     @torch.no_grad()
     def _shares(
         self, batch: Mapping[str, torch.Tensor], layout: Layout, replicas: Axis | None
-    ) -> list[list[torch.Tensor]]:
-        """Per microbatch and loss term: its part of the whole batch's loss. Weights that are all 0 give nan, as a mean
-        over nothing.
+    ) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Per loss term: each microbatch's part of the whole batch's loss, and the whole batch's weight. Weights that are all 0 give
+        nan, as a mean over nothing.
         """
         weights: list[tuple[Any, ...]] = [(rows,) for rows in layout.rows]
         if self._weights is not None:
@@ -199,21 +205,22 @@ class Arguments:
             for term in zip(*weights, strict=True)
         ]
         totals = [sum(counts[1:], counts[0]) for counts in terms if counts is not None]
+        dtypes = [total.dtype for total in totals]
         if replicas is not None and replicas.size > 1 and totals:
             # in f64, where the counts of labels are exact
             totals = list(replicas.all_reduce(torch.stack([total.double() for total in totals])).unbind(0))
-        shares: list[list[torch.Tensor]] = [[] for _ in weights]
+        found: list[tuple[list[torch.Tensor], torch.Tensor]] = []
         for counts in terms:
             if counts is None:
-                parts = [torch.ones((), device=self._device)] * len(weights)
-            else:
-                total = totals.pop(0)
-                parts = [count / total for count in counts]
-                if total.dtype == torch.float64:
-                    parts = [part.float() for part in parts]
-            for listed, part in zip(shares, parts, strict=True):
-                listed.append(part)
-        return shares
+                one = torch.ones((), device=self._device)
+                found.append(([one] * len(weights), one))
+                continue
+            total, dtype = totals.pop(0), dtypes.pop(0)
+            parts = [count / total for count in counts]
+            if total.dtype == torch.float64:
+                parts = [part.float() for part in parts]
+            found.append((parts, total.to(dtype)))
+        return found
 
 
 def _keyword_names(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from autopar.auto import decided, is_auto
 from autopar.clipping import checked_norm_type
+from autopar.initialize import initialized
 from autopar.metrics import Meter, Metrics, ProgressLine, TensorBoard
 from autopar.options import MESH_ORDER, Options, call_arguments, checked_options, model_name
 from autopar.plan import Plan
@@ -462,6 +463,14 @@ class ParallelModel:
         DifferentModel if names are missing or unknown, or a shape differs; nothing is changed then.
         """
         self._ranks().load_state_dict(state_dict)
+
+    def initialize(self, seed: int = 0) -> None:
+        """Values for a model built on the meta device, by its modules' own init functions (see `autopar.initialize`), shard by shard:
+        those that the whole model has with this seed. Before an optimizer is given the parameters.
+
+        WeightsMissing for parameters that no init function sets.
+        """
+        self._ranks().assign(initialized(self._model, seed))
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Whole tensors on rank 0, loadable by the untouched model with strict=True; {} on the others."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -68,6 +68,7 @@ class Ranks(Protocol):
     def reductions(self) -> dict[str, int]: ...
     def state_dict(self) -> Tensors: ...
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None: ...
+    def assign(self, values: Iterable[tuple[str, torch.Tensor]]) -> None: ...
     def whole_tensors(self) -> Tensors | None: ...
     def close(self) -> None: ...
 
@@ -152,6 +153,18 @@ def _shared_buffers(plan: Plan, traced: Traced, rank: int, device: torch.device,
         else:
             found[name] = local_piece(whole_state(traced)[name], text, plan, coords).to(device)
     return found
+
+
+def _assign_piece(
+    plan: Plan, coords: Mapping[str, int], texts: Mapping[str, str], name: str, value: torch.Tensor,
+    tables: tuple[dict[str, nn.Parameter], Tensors], shards: ParameterShards | None,
+) -> None:  # fmt: skip
+    """This rank's piece of a whole value, if it holds one."""
+    for tensors in tables:
+        if name in tensors:
+            filled = None if shards is not None and shards.on_meta else shards
+            piece = local_piece(value, texts[name], plan, coords)
+            tensors[name] = _assign(tensors[name], piece, name, filled)  # type: ignore[assignment]
 
 
 class ThreadedRanks:
@@ -310,6 +323,19 @@ class ThreadedRanks:
                     if name in values:
                         piece = local_piece(values[name], wanted[name], self.plan, coords)
                         tensors[name] = _assign(tensors[name], piece, name, self.shards_of[rank])  # type: ignore[assignment]
+        for shards, parameters in zip(self.shards_of, self.parameters_of, strict=True):
+            if shards is not None:
+                shards.renew(parameters)
+
+    def assign(self, values: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Each rank's piece of whole values of the model, one at a time."""
+        for name, value in values:
+            for rank in range(self.plan.num_ranks):
+                placed, others = self.plan.rank_state(rank)
+                _assign_piece(
+                    self.plan, self.plan.coords(rank), {**placed, **others}, name, value.to(self.device),
+                    (self.parameters_of[rank], self.buffers_of[rank]), self.shards_of[rank],
+                )  # fmt: skip
         for shards, parameters in zip(self.shards_of, self.parameters_of, strict=True):
             if shards is not None:
                 shards.renew(parameters)
@@ -541,6 +567,14 @@ class ProcessRank:
                     whole = value.full_tensor() if isinstance(value, DTensor) else value
                     piece = local_piece(whole.to(self.world.device), wanted[name], self.plan, self.coords)
                     tensors[name] = _assign(tensors[name], piece, name, self.shards)  # type: ignore[assignment]
+        if self.shards is not None:
+            self.shards.renew(self.parameters)
+
+    def assign(self, values: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """This rank's piece of whole values of the model, one at a time."""
+        tensors = (self.parameters, self.buffers)
+        for name, value in values:
+            _assign_piece(self.plan, self.coords, self._texts, name, value.to(self.world.device), tensors, self.shards)
         if self.shards is not None:
             self.shards.renew(self.parameters)
 

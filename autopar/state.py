@@ -61,7 +61,7 @@ def require_values(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     if missing:
         raise WeightsMissing(
             f"{len(missing)} parameters have no values, {missing[0]} first", why="the model was built on the meta device",
-            use="par.load_state_dict(...) before the first step, or a model with weights",
+            use="par.initialize(seed) or par.load_state_dict(...) before the first step, or a model with weights",
         )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def test_a_model_without_values_gets_them_and_trains(name: str) -> None:
     par = autopar.parallelize(empty, batch, tp=2, pp=2)
     with pytest.raises(WeightsMissing, match="have no values") as caught:
         par.step(**batch)
-    assert "use par.load_state_dict(...)" in str(caught.value)
+    assert "par.load_state_dict(...)" in str(caught.value)
     par.load_state_dict({**real.state_dict(), **dict(real.named_buffers())})
     loss = par.step(**batch)
     output = real(**batch)

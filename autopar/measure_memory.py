@@ -16,6 +16,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,10 @@ from torch.utils._pytree import tree_leaves
 import autopar.program
 from autopar.deferred import Product, add_deferred
 from autopar.emit import emit_stage
+from autopar.measure_replicas import ReplicasOfStage
 from autopar.program import StageModule, freeing
 from autopar.runtime.axis import GlooAxis, GroupAxis, LocalAxis
+from autopar.runtime.gradients import REPLICA_AXIS
 from costmodel.memory import MicrobatchBytes, Phase
 from passes.ir import is_state, is_trainable, tensor_type
 from passes.localize import sharding
@@ -177,8 +180,10 @@ def measure(stage: StagePlan, plan: Plan, sizes: Mapping[str, int]) -> Microbatc
     """What a microbatch of these sizes allocates on one rank of a stage."""
     fake = fake_stage(stage, plan, sizes, stage_class(emit_stage(stage, plan)[0]))
     run = _Run(fake, stage, plan, sizes)
+    replicas = ReplicasOfStage(run) if plan.mesh.get(REPLICA_AXIS, 1) > 1 else None
     phases: dict[str, Phase] = {}
-    with fake.mode, StorageCount([*fake.known, *run.known]) as count:
+    reducing = None
+    with fake.mode, StorageCount([*fake.known, *run.known, *(replicas.known if replicas is not None else ())]) as count:
         for splits in (True, False) if plan.splits_backward else (False,):
             for parameter in fake.parameters.values():
                 parameter.grad = None
@@ -186,9 +191,12 @@ def measure(stage: StagePlan, plan: Plan, sizes: Mapping[str, int]) -> Microbatc
             for name, seen in second.phases.items():
                 made = first.phases[name]
                 phases[name] = replace(seen, first_peak_bytes=made.peak_bytes, gradient_bytes=made.gradient_bytes)
+        if replicas is not None and fake.parameters:
+            reducing = replicas.last_microbatch(count, phases["backward"].change_bytes)
     return MicrobatchBytes(
         phases["forward"], phases["backward"], phases.get("input"), phases.get("weight"), second.sent_bytes,
         second.sent_saved_bytes, second.returned_bytes, run.keeps_received, run.keeps_gradients,
+        reducing,
     )  # fmt: skip
 
 
@@ -221,10 +229,11 @@ class _Run:
                 if value.gradient
             }
         self.keeps_received = self.keeps_gradients = False
+        self.around_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.known = [piece for pieces in self.arriving.values() for piece in pieces]
 
-    def microbatch(self, count: StorageCount, splits: bool) -> _Seen:
-        """One microbatch there and back, in two halves if it `splits`."""
+    def microbatch(self, count: StorageCount, splits: bool, begins: Callable[[], None] | None = None) -> _Seen:
+        """One microbatch there and back, in two halves if it `splits`. `begins` is called before its backward."""
         seen = _Seen({})
         arguments = [
             value.detach().requires_grad_(wanted)
@@ -247,6 +256,8 @@ class _Run:
                 total = total + piece
             gradients[name] = total.detach()
         self.fake.stage.deferred = deferred if splits else None
+        if begins is not None:
+            begins()
         if edges:
             torch.autograd.backward(list(edges.values()), [gradients[name] for name in edges])
         self.fake.stage.deferred = None
@@ -277,7 +288,8 @@ class _Run:
         self, arguments: Sequence[torch.Tensor]
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
         """Where backward begins, by name, the gradient of the loss, and what is sent on."""
-        outputs = self.fake.stage.forward(*arguments, **self.fake.keywords)
+        with self.around_forward():
+            outputs = self.fake.stage.forward(*arguments, **self.fake.keywords)
         outputs = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
         edges: dict[str, Any] = {}
         gradients: dict[str, torch.Tensor] = {}

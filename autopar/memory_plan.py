@@ -102,9 +102,11 @@ def _state(stage: StagePlan, plan: Plan, held: set[str]) -> tuple[int, int, dict
                 count *= int(size)
             first = str(node.target) not in held
             held.add(str(node.target))
-            total += count * kind.dtype.itemsize * first
-            if node.meta.get("kind") == "parameter" and is_trainable(node):
-                optimizer += count * OPTIMIZER_STATE_BYTES * first
+            is_parameter = node.meta.get("kind") == "parameter"
+            part = -(-count // plan.mesh.get("dp", 1))  # a replica's, in ZeRO
+            total += (part if is_parameter and plan.zero >= 3 else count) * kind.dtype.itemsize * first
+            if is_parameter and is_trainable(node):
+                optimizer += (part if plan.zero else count) * OPTIMIZER_STATE_BYTES * first
                 gradients[str(node.target)] = count * kind.dtype.itemsize
     return total, optimizer, gradients
 

@@ -58,12 +58,27 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Reducing:
+    """What the last backward of a step takes on a stage whose gradients are summed over replicas beside it, in bytes.
+
+    `peak_bytes`: the most beyond what was there before that backward. `gradient_change_bytes`: what gradients and sums under way take
+    afterwards more (or less) than gradients did before. `finish_peak_bytes` and `finish_change_bytes`: the same of waiting for the sums.
+    """
+
+    peak_bytes: int
+    gradient_change_bytes: int
+    finish_peak_bytes: int
+    finish_change_bytes: int
+
+
+@dataclass(frozen=True)
 class MicrobatchBytes:
     """What one microbatch of one size takes on one stage: measured on the emitted program, without values.
 
     `backward` is the whole backward; `input` and `weight` are its halves, for schedules that split it. `sent_bytes` and `returned_bytes`:
     activations and gradients that only their transfers hold, from when they are made until they are sent; `sent_saved_bytes`: what is
-    sent and kept for the backward as well, which leaves the transfers with it from then on. `keeps_received` and
+    sent and kept for the backward as well, which leaves the transfers with it from then on. `reducing`: this microbatch as the last of
+    a step with replicas. `keeps_received` and
     `keeps_gradients`: what is put off keeps what was received, or the gradients that came back, until `weight`.
     """
 
@@ -76,6 +91,7 @@ class MicrobatchBytes:
     returned_bytes: int = 0
     keeps_received: bool = False
     keeps_gradients: bool = False
+    reducing: Reducing | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from costmodel.memory import MicrobatchBytes, PeakMemory, Phase
+from costmodel.memory import MicrobatchBytes, PeakMemory, Phase, Reducing
 from passes.instructions import (
     Backward,
     BackwardInput,
@@ -130,6 +130,7 @@ class _Rank:
         self.handed: defaultdict[tuple[int, int, bool], int] = defaultdict(
             int
         )  # to a stage of this rank, by that stage
+        self.reduced: list[Reducing] = []  # what the sums over replicas have still to do
         self.peak = PeakMemory()
         self.look(0)
 
@@ -158,6 +159,19 @@ class _Rank:
             self.gradients += new
         self.activations += phase.change_bytes
 
+    def is_last(self, use: StageUse, microbatch: int) -> bool:
+        """True if this backward is one beside which gradients are summed over replicas."""
+        return use.microbatches[microbatch].reducing is not None and microbatch == len(use.microbatches) - 1
+
+    def reduce(self, taken: MicrobatchBytes, phase: Phase, chunk: int) -> None:
+        """The last backward of a step, with the sums over replicas beside it."""
+        assert taken.reducing is not None
+        self.look(taken.reducing.peak_bytes)
+        self.made.update((chunk, half) for half in ("input", "weight"))
+        self.gradients += taken.reducing.gradient_change_bytes
+        self.activations += phase.change_bytes
+        self.reduced.append(taken.reducing)
+
     def keep_apart(self, use: StageUse, microbatch: int, phase: Phase) -> None:
         """The gradients of tied parameters: until the end of the step, or until this rank's stages all have theirs."""
         self.gradients += phase.apart_bytes
@@ -173,6 +187,9 @@ class _Rank:
         if isinstance(instruction, SumGradients):
             self.sent.clear()
             self.look(sum(use.sum_bytes for use in self.stages))
+            for reducing in self.reduced:
+                self.look(reducing.finish_peak_bytes, gradients=reducing.finish_peak_bytes)
+                self.gradients += reducing.finish_change_bytes
             return
         chunk, microbatch = instruction.chunk, instruction.microbatch
         use = self.stages[chunk]
@@ -189,7 +206,10 @@ class _Rank:
                     for name, half in halves.items()
                     if half is not None and (chunk, name) in self.made
                 )
-                self.run(phase, chunk, "input", "weight", there=there)
+                if self.is_last(use, microbatch):
+                    self.reduce(taken, phase, chunk)
+                else:
+                    self.run(phase, chunk, "input", "weight", there=there)
             else:
                 phase = taken.input
                 self.run(phase, chunk, "input")
@@ -204,6 +224,9 @@ class _Rank:
             if taken.weight is not None:
                 self.run(taken.weight, chunk, "weight")
                 self.keep_apart(use, microbatch, taken.weight)
+                if self.is_last(use, microbatch) and taken.reducing is not None and microbatch > 0:
+                    self.gradients += taken.reducing.gradient_change_bytes
+                    self.reduced.append(taken.reducing)
         elif isinstance(instruction, (SendActivation, SendGradient)):
             key = (chunk, microbatch, isinstance(instruction, SendGradient))
             if key in self.waiting:

@@ -78,7 +78,7 @@ class GatheredParameters:
         for group in _groups([name for name in names if name in shards.of], shards):
             self._group_of.update(dict.fromkeys(group, group))
         self._held: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
-        self._name_at: dict[int, str] = {}  # by the address of its memory, of what is held
+        self._name_at: dict[int, str] = {}  # by the address of its storage, of what is held
 
     def __call__(self, name: str) -> torch.Tensor:
         if name not in self._group_of:
@@ -97,14 +97,14 @@ class GatheredParameters:
             while len(self._held) >= _HELD_GROUPS:
                 self._let_go()
             found = self._shards.gathered(group, self._axis)
-            self._name_at.update((value.data_ptr(), each) for each, value in found.items() if value.numel())
+            self._name_at.update((value.untyped_storage()._cdata, each) for each, value in found.items())
         self._held[group[0]] = found
         return found[name]
 
     def _let_go(self) -> None:
         _, values = self._held.popitem(last=False)
         for value in values.values():
-            self._name_at.pop(value.data_ptr(), None)
+            self._name_at.pop(value.untyped_storage()._cdata, None)
 
     def clear(self) -> None:
         """Hold nothing: shards may change."""
@@ -116,7 +116,7 @@ class GatheredParameters:
         return saved_tensors_hooks(self._pack, self._unpack) if torch.is_grad_enabled() else nullcontext()
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Place:
-        name = self._name_at.get(tensor.untyped_storage().data_ptr())
+        name = self._name_at.get(tensor.untyped_storage()._cdata)
         if name is None or tensor.dtype != self._leaf(name).dtype:
             return tensor.detach()
         return _Place(name, tensor.shape, tensor.stride(), int(tensor.storage_offset()))

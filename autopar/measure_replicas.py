@@ -1,0 +1,67 @@
+"""What data parallelism allocates on a stage: the runtime's own sums over replicas and shards of ZeRO, run without values.
+
+Design note. The same classes as on a rank (`runtime/replicas.py`, `runtime/parameter_shards.py`, `runtime/gathered.py`) over an axis that
+moves nothing, while `measure_memory` counts storages. Only the last microbatch of a step differs from the others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autopar.runtime.gathered import GatheredParameters
+from autopar.runtime.gradients import REPLICA_AXIS
+from autopar.runtime.parameter_shards import ParameterShards
+from autopar.runtime.replicas import ReplicaSums
+from costmodel.memory import Reducing
+
+if TYPE_CHECKING:
+    from autopar.measure_memory import StorageCount, _Run
+
+
+class ReplicasOfStage:
+    """The sums and shards of one stage.
+
+    `run`: how `measure_memory` runs it; its forward is made to gather parameters if the plan's ZeRO stage is 3.
+    """
+
+    def __init__(self, run: _Run) -> None:
+        self.run, plan, stage, fake = run, run.plan, run.stage, run.fake
+        axis = getattr(fake.stage, REPLICA_AXIS)
+        held = {name: fake.stage.p(name) for name in stage.parameters}
+        late = {*stage.partial_gradients, *(name for name, stages in stage.tied.items() if len(stages) > 1)}
+        self.shards: ParameterShards | None = None
+        with fake.mode:
+            if plan.zero:
+                self.shards = ParameterShards(held, axis.size, 0, plan.zero)  # type: ignore[arg-type]
+            if self.shards is not None and self.shards.gathers:
+                self.gathered = GatheredParameters(axis, self.shards, list(stage.parameters), fake.stage.p)
+                fake.stage.p = self.gathered
+                run.around_forward = self.gathered.saving
+            self.sums = ReplicaSums(
+                axis, {stage.index: [name for name in stage.parameters if name in fake.parameters and name not in late]},
+                sorted(late.intersection(fake.parameters)), fake.parameters,
+                self.shards.of if self.shards is not None else None,
+            )  # fmt: skip
+        self.known = list(self.shards.of.values()) if self.shards is not None else []
+
+    def last_microbatch(self, count: StorageCount, change_bytes: int) -> Reducing:
+        """The backward of the last microbatch of a step, and the end of the step. `change_bytes`: of a backward without the sums."""
+        run, stage = self.run, self.run.stage
+        for parameter in run.fake.parameters.values():
+            parameter.grad = None
+        self.sums.begin()
+        if run.plan.microbatches > 1:
+            run.microbatch(count, False)
+        before: list[int] = []
+
+        def begins() -> None:
+            before.append(count.restart())
+            self.sums.watch(())
+
+        run.microbatch(count, False, begins)
+        self.sums.unwatch()
+        self.sums.complete(stage.index)
+        peak, change = count.bytes_peak - before[0], count.bytes_now - before[0] - change_bytes
+        start = count.restart()
+        self.sums.finish()
+        return Reducing(peak, change, count.bytes_peak - start, count.bytes_now - start)

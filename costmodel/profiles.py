@@ -53,25 +53,35 @@ _COMMON = {
     "memory_efficiency": "estimate: streaming kernels reach about 0.9 of the datasheet bandwidth",
     "basis": "what the efficiencies are: see their sources",
 }
+_FIT = (
+    "fitted to the published step times of tests/benchmarks/published.csv on this kind of device, all suites at once, by Gauss-Newton on "
+    "the logarithm of predicted / measured, each suite weighing the same, within the range that kernels alone were seen to reach"
+)
 _VOLTA = _COMMON | {
     "peak_flops": "NVIDIA V100 datasheet (2020), SXM2 column; f16 with tensor cores, no bf16",
     "memory_bandwidth_bytes_per_second": "NVIDIA V100 datasheet (2020), SXM2 column",
-    "matmul_efficiency": "estimate: cuBLAS reaches 90 to 100 of 125 TFLOP/s (Jia et al., 'Dissecting Volta', 2018, chapter 4)",
-    "kernels": "NVIDIA V100 whitepaper: 80 multiprocessors",
+    "matmul_efficiency": _FIT + "; cuBLAS alone reaches 90 to 100 of 125 TFLOP/s (Jia et al., 'Dissecting Volta', 2018, chapter 4)",
+    "kernels": "NVIDIA V100 whitepaper: 80 multiprocessors; the rest " + _FIT,
+    "memory_efficiency": _FIT,
+    "launch_seconds": _FIT,
+    "basis": "fitted to whole training steps",
 }
 _AMPERE = _COMMON | {
     "peak_flops": "NVIDIA A100 datasheet (nvidia-a100-datasheet-us, 2021), SXM column; f64 and f32 without tensor cores",
     "memory_bandwidth_bytes_per_second": "NVIDIA A100 datasheet (nvidia-a100-datasheet-us, 2021), SXM column",
-    "matmul_efficiency": "estimate for everyday shapes; the best shape reaches 0.87 "
+    "matmul_efficiency": _FIT + "; the best shape alone reaches 0.87 "
     "(271.2 of 312 TFLOP/s bf16: Bekman, Machine Learning Engineering, table of maximum achievable matmul FLOPS)",
-    "kernels": "NVIDIA A100 whitepaper: 108 multiprocessors",
+    "kernels": "NVIDIA A100 whitepaper: 108 multiprocessors; the rest " + _FIT + "; misaligned batched products: near the rate without "
+    "tensor cores (19.5 of 312 TFLOP/s)",
+    "basis": "fitted to whole training steps",
 }
 _HOPPER = _COMMON | {
     "peak_flops": "NVIDIA H100 and H200 datasheets (2023, 2024), SXM column; dense rates, half of those printed 'with sparsity'",
     "memory_bandwidth_bytes_per_second": "NVIDIA H100, H200 and GH200 datasheets (2023, 2024), SXM column",
-    "matmul_efficiency": "estimate for everyday shapes; the best shape reaches 0.80 "
+    "matmul_efficiency": "of the H100 SXM " + _FIT + "; the best shape alone reaches 0.80 "
     "(794.5 of 989 TFLOP/s bf16: Bekman, Machine Learning Engineering, table of maximum achievable matmul FLOPS)",
-    "kernels": "NVIDIA H100 whitepaper: 132 multiprocessors",
+    "kernels": "NVIDIA H100 whitepaper: 132 multiprocessors; the rest, of the H100 SXM, " + _FIT,
+    "memory_efficiency": "of the H100 SXM " + _FIT,
 }
 _BLACKWELL = _COMMON | {
     "peak_flops": "NVIDIA Blackwell (HGX B200, GB200 NVL72) datasheets, 2024; dense rates of one GPU",
@@ -85,46 +95,61 @@ _ADA = _COMMON | {
 _VOLTA_PEAK = {"f64": 7.8e12, "f32": 15.7e12, "f16": 125e12}
 _AMPERE_PEAK = {"f64": 9.7e12, "f32": 19.5e12, "tf32": 156e12, "bf16": 312e12, "f16": 312e12}
 _HOPPER_PEAK = {"f64": 33.5e12, "f32": 67e12, "tf32": 494.7e12, "bf16": 989.4e12, "f16": 989.4e12, "fp8": 1978.9e12}
-_VOLTA_KERNELS = Kernels(multiprocessors=80)
-_AMPERE_KERNELS = Kernels(multiprocessors=108)
-_HOPPER_KERNELS = Kernels(multiprocessors=132)
+_VOLTA_KERNELS = Kernels(multiprocessors=80, fill_k=58.0)
+_AMPERE_KERNELS = Kernels(
+    multiprocessors=108, fill_k=8.0, misaligned_batched_efficiency=0.045, attention_forward_efficiency=0.44,
+    attention_backward_efficiency=0.23, overlap_slowdown=1.3,
+)  # fmt: skip
+_HOPPER_KERNELS = Kernels(
+    multiprocessors=132, fill_k=60.0, dtype_efficiency={"fp8": 0.55}, attention_forward_efficiency=0.52, attention_backward_efficiency=0.50,
+    overlap_slowdown=1.3,
+)  # fmt: skip
+_HOPPER_500W_KERNELS = Kernels(
+    multiprocessors=132, fill_k=60.0, dtype_efficiency={"fp8": 0.48}, attention_forward_efficiency=0.255,
+    attention_backward_efficiency=0.175, overlap_slowdown=1.3,
+)  # fmt: skip
 _BLACKWELL_KERNELS = Kernels(multiprocessors=148)
 
 DEVICES: dict[str, Device] = {
     "v100-16gb": Device(
-        _VOLTA_PEAK, 16_160 * 2**20, 0.9e12, 0.75, kernels=_VOLTA_KERNELS,
+        _VOLTA_PEAK, 16_160 * 2**20, 0.9e12, 0.69, kernels=_VOLTA_KERNELS, memory_efficiency=0.92, launch_seconds=6.1e-6,
+        basis="calibrated",
         sources=_VOLTA | {"memory_bytes": "nvidia-smi of a Tesla V100-SXM2-16GB: 16160 MiB"},
     ),
     "v100-32gb": Device(
-        _VOLTA_PEAK, 32_510 * 2**20, 0.9e12, 0.75, kernels=_VOLTA_KERNELS,
+        _VOLTA_PEAK, 32_510 * 2**20, 0.9e12, 0.69, kernels=_VOLTA_KERNELS, memory_efficiency=0.92, launch_seconds=6.1e-6,
+        basis="calibrated",
         sources=_VOLTA | {"memory_bytes": "nvidia-smi of a Tesla V100-SXM2-32GB: 32510 MiB"},
     ),
     "a100-40gb": Device(
-        _AMPERE_PEAK, 40_536 * 2**20, 1.555e12, 0.80, kernels=_AMPERE_KERNELS,
+        _AMPERE_PEAK, 40_536 * 2**20, 1.555e12, 0.80, kernels=_AMPERE_KERNELS, basis="calibrated",
         sources=_AMPERE | {"memory_bytes": "nvidia-smi of an A100-SXM4-40GB: 40536 MiB"},
     ),
     "a100-80gb": Device(
-        _AMPERE_PEAK, 81_920 * 2**20, 2.039e12, 0.80, kernels=_AMPERE_KERNELS,
+        _AMPERE_PEAK, 81_920 * 2**20, 2.039e12, 0.80, kernels=_AMPERE_KERNELS, basis="calibrated",
         sources=_AMPERE | {"memory_bytes": "nvidia-smi of an A100-SXM4-80GB: 81920 MiB"},
     ),
     "h100-sxm": Device(
-        _HOPPER_PEAK, 81_559 * 2**20, 3.35e12, 0.70, kernels=_HOPPER_KERNELS,
-        sources=_HOPPER | {"memory_bytes": "nvidia-smi of an H100 80GB HBM3: 81559 MiB"},
+        _HOPPER_PEAK, 81_559 * 2**20, 3.35e12, 0.695, kernels=_HOPPER_KERNELS, memory_efficiency=0.92, basis="calibrated",
+        sources=_HOPPER | {"memory_bytes": "nvidia-smi of an H100 80GB HBM3: 81559 MiB", "basis": "fitted to whole training steps"},
     ),
     "h100-96gb": Device(
-        _HOPPER_PEAK, 97_871 * 2**20, 2.4e12, 0.60, kernels=_HOPPER_KERNELS,
+        _HOPPER_PEAK, 97_871 * 2**20, 2.4e12, 0.51, kernels=_HOPPER_500W_KERNELS, memory_efficiency=0.80, basis="calibrated",
         sources=_HOPPER | {
             "memory_bytes": "nvidia-smi of an H100 with 96 GB of HBM2e: 97871 MiB",
             "memory_bandwidth_bytes_per_second": "pytorch/torchtitan, benchmarks of December 2024: HBM2e, 2.4 TB/s, limited to 500 W",
-            "matmul_efficiency": "estimate: the H100 profile's, times what 500 W instead of 700 W leave of the clock",
+            "matmul_efficiency": _FIT + "; torch's FlashAttention-2 and what 500 W instead of 700 W leave of the clock",
+            "kernels": "NVIDIA H100 whitepaper: 132 multiprocessors; the rest " + _FIT,
+            "memory_efficiency": _FIT,
+            "basis": "fitted to whole training steps",
         },
     ),
     "h200": Device(
-        _HOPPER_PEAK, 143_771 * 2**20, 4.8e12, 0.70, kernels=_HOPPER_KERNELS,
+        _HOPPER_PEAK, 143_771 * 2**20, 4.8e12, 0.695, kernels=_HOPPER_KERNELS, memory_efficiency=0.92,
         sources=_HOPPER | {"memory_bytes": "nvidia-smi of an H200: 143771 MiB"},
     ),
     "gh200": Device(
-        _HOPPER_PEAK, 97_871 * 2**20, 4.0e12, 0.70, kernels=_HOPPER_KERNELS,
+        _HOPPER_PEAK, 97_871 * 2**20, 4.0e12, 0.695, kernels=_HOPPER_KERNELS, memory_efficiency=0.92,
         sources=_HOPPER | {"memory_bytes": "nvidia-smi of a GH200 with 96 GB of HBM3: 97871 MiB"},
     ),
     "b200": Device(
@@ -180,13 +205,15 @@ _PCIE = "estimate: PCIe 4.0 x16 without peer access, through host memory; latenc
 
 NODES: dict[str, Node] = {
     "quad-v100": Node(
-        4, Link(3.4e-6, 120e9),
-        {"inside": _NVLINK_LATENCY + "; 6 NVLinks of 20 GB/s as NCCL src/graph/topo.h counts them (datasheet: 150 GB/s per direction)",
+        4, Link(3.4e-6, 85e9),
+        {"inside": _NVLINK_LATENCY + "; 6 NVLinks of 20 GB/s as NCCL src/graph/topo.h counts them (datasheet: 150 GB/s per direction)"
+         "; 85 of their 120 GB/s " + _FIT,
          "devices_per_node": "four V100 SXM2 fully connected, two links a pair (Jean Zay, IDRIS)"},
     ),
     "dgx-1": Node(
-        8, Link(3.4e-6, 120e9),
-        {"inside": _NVLINK_LATENCY + "; 6 NVLinks of 20 GB/s as NCCL src/graph/topo.h counts them (datasheet: 150 GB/s per direction)",
+        8, Link(3.4e-6, 85e9),
+        {"inside": _NVLINK_LATENCY + "; 6 NVLinks of 20 GB/s as NCCL src/graph/topo.h counts them (datasheet: 150 GB/s per direction)"
+         "; 85 of their 120 GB/s " + _FIT,
          "devices_per_node": "DGX-1 datasheet"},
     ),
     "dgx-a100": Node(
@@ -196,9 +223,10 @@ NODES: dict[str, Node] = {
          "devices_per_node": "DGX A100 datasheet"},
     ),
     "dgx-h100": Node(
-        8, Link(3.4e-6, 370.8e9),
+        8, Link(3.4e-6, 300e9),
         {"inside": _NVLINK_LATENCY
-         + "; 18 NVLinks of 20.6 GB/s as NCCL src/graph/topo.h counts them (datasheet: 450 GB/s per direction)",
+         + "; 18 NVLinks of 20.6 GB/s as NCCL src/graph/topo.h counts them (datasheet: 450 GB/s per direction)"
+         "; 300 of their 371 GB/s " + _FIT,
          "devices_per_node": "DGX H100 datasheet; HGX H200 has as many"},
     ),
     "hgx-b200": Node(
@@ -248,7 +276,7 @@ FABRICS: dict[str, Fabric] = {
         _NET_LATENCY + "; one NDR400 InfiniBand port per GPU: 50 GB/s, 48.5 reached (SimAI, calbusbw.h)",
     ),
     "4x-opa100": Fabric(
-        4, Link(9.6e-6, 11.5e9), _NET_LATENCY + "; four Omni-Path 100 ports a node (Jean Zay, IDRIS): 12.5 GB/s, 11.5 reached"
+        4, Link(9.6e-6, 5.8e9), _NET_LATENCY + "; four Omni-Path 100 ports a node (Jean Zay, IDRIS): 12.5 GB/s, of it 5.8 " + _FIT
     ),
     "4x-edr100": Fabric(
         4, Link(9.6e-6, 11.5e9), _NET_LATENCY + "; four EDR InfiniBand ports a node (DGX-1 datasheet): 12.5 GB/s, 11.5 reached"

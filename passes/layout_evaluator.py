@@ -32,6 +32,7 @@ from torch import fx
 
 from costmodel.collectives import send_seconds
 from costmodel.hardware import AxisLink, Hardware
+from costmodel.machine import UNCERTAINTY
 from costmodel.memory import STATE_PRECISIONS, optimizer_seconds, state_bytes
 from passes.costs import Pricing
 from passes.fold import Folded, fold
@@ -110,7 +111,8 @@ class Evaluator:
         self, module: fx.GraphModule | Folded, sizes: Mapping[str, int], hardware: Hardware, *, uncertainty: float | None = None
     ) -> None:
         self.folded = module if isinstance(module, Folded) else fold(module)
-        self.sizes, self.hardware, self.uncertainty = dict(sizes), hardware, uncertainty
+        self.sizes, self.hardware = dict(sizes), hardware
+        self.uncertainty = UNCERTAINTY.get(hardware.basis) if uncertainty is None else uncertainty
         self._graphs: dict[tuple[int, bool], RankGraph] = {}
         self._units: dict[tuple[object, ...], list[UnitCost]] = {}
         self._stages: dict[tuple[object, ...], _Stages] = {}
@@ -198,7 +200,7 @@ class Evaluator:
         key = (
             layout.tp, layout.sequence_parallel and layout.tp > 1, layout.cp, layout.microbatch_rows, layout.recompute, layout.replay_all,
             layout.pp, layout.virtual_stages, layout.schedule, layout.blocks, layout.overlap, layout.zero == 3,
-            layout.dp if layout.zero == 3 else 0, layout.precision,
+            layout.dp if layout.zero == 3 else 0, layout.precision, layout.microbatches > 1, layout.gradient_bytes,
         )  # fmt: skip
         if key not in self._stages:
             self._stages[key] = self._cut(layout)
@@ -217,6 +219,9 @@ class Evaluator:
             [sum(times[unit][part] * count for unit, count in stage.block_counts) for stage in stages] for part in range(5)
         ]
         forward, backward, weight, tensor_exposed, context_exposed = by_stage
+        for k, stage in enumerate(stages):
+            added = self._accumulate_seconds(stage.parameters, layout)
+            backward[k], weight[k] = backward[k] + added, weight[k] + added
         ranks = []
         owned: list[list[int]] = [[] for _ in range(layout.pp)]
         for k, owner in enumerate(stage_ranks):
@@ -260,6 +265,18 @@ class Evaluator:
             back, _ = self._beside(seconds[1] + seconds[2], gather + scatter, hidden, 0.0)
             seconds[1] = back - seconds[2]
         return seconds[0], seconds[1] + seconds[2], unit.weight_seconds, tensor_exposed, context_exposed
+
+    def _accumulate_seconds(self, numel: int, layout: Layout) -> float:
+        """Of adding a microbatch's gradients of `numel` parameters to the step's sum: read both, write one. Under ZeRO 2 and 3 only a
+        shard's.
+        """
+        if layout.microbatches == 1:
+            return 0.0
+        row = STATE_PRECISIONS[layout.precision]
+        each = row.gradient_bytes if layout.gradient_bytes is None else layout.gradient_bytes
+        count = self._replicas(layout)[0] if layout.zero > 1 else 1
+        rate = self.hardware.memory_bandwidth_bytes_per_second * self.hardware.memory_efficiency
+        return numel / count * (row.parameter_bytes + 2 * each) / rate
 
     def _beside(self, compute: float, traffic: float, overlaps: bool, first: float) -> tuple[float, float]:
         """(seconds of compute with traffic beside or after it, what of the traffic is exposed). `first`: seconds nothing can hide."""

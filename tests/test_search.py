@@ -60,7 +60,7 @@ def test_plans_come_fastest_first_and_within_the_memory() -> None:
         assert plan.predicted.peak_bytes <= plans.hardware.memory_bytes
         assert plan.num_ranks == 8 and found.layout.global_rows == 16
         assert 0 < plan.predicted.mfu < 1 and plan.predicted.tflops_per_gpu > 0 and 0 <= plan.predicted.bubble_fraction < 1
-        assert "datasheet" in plan.predicted.basis
+        assert "calibrated" in plan.predicted.basis
 
 
 def test_every_layout_of_the_space_uses_all_devices_and_the_whole_batch() -> None:
@@ -144,7 +144,7 @@ def test_the_table_and_the_json_have_the_same_figures() -> None:
     assert json.loads(json.dumps(values)) == values
     first = values["plans"][0]
     assert f"{first['mfu']:.1%}" in text and "WHY THE RUNNERS-UP LOST" in text and "basis" in first and "uncertainty" in first
-    assert "datasheet profile" in text and "uncertainty" in text
+    assert "calibrated profile" in text and "of the step time" in text
 
 
 def test_the_page_needs_nothing_else_and_shows_front_and_timelines() -> None:

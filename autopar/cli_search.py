@@ -18,6 +18,7 @@ from autopar.cli_options import (
     resolve_target,
     target_options,
 )
+from autopar.precision import PRECISIONS
 from autopar.search import search
 from autopar.search_text import search_text, to_json
 from costmodel.errors import BadArgument
@@ -34,7 +35,7 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--nodes", type=degree, metavar="N", help="nodes that they are in (default: the profile's node size)")
     job.add_argument("--memory", type=num_bytes, metavar="BYTES", help="of a device, such as 70GiB (default: the profile's)")
     job.add_argument("--global-batch", type=degree, metavar="ROWS", help="rows a step (default: the example's on each replica)")
-    job.add_argument("--precision", default="fp32", metavar="NAME", help="fp32, bf16 or fp16 (default fp32)")
+    job.add_argument("--precision", default="fp32", metavar="NAME", help=f"one of {', '.join(PRECISIONS)} (default fp32)")
     fixed = parser.add_argument_group("decisions (default: all auto)")
     for name in ("tp", "pp", "dp", "microbatches"):
         fixed.add_argument(f"--{name}", type=degree_or_auto, default=AUTO, metavar="N")

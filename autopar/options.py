@@ -86,7 +86,7 @@ def checked_options(
     mesh = {axis: degrees[axis] for axis in order if axis != "dp" or dp > 1}
     return Options(
         dict(plan.mesh) if plan is not None else mesh, microbatches, schedule, loss_fn, profile_for(hardware, model),
-        Overrides.of(overrides), plan, sequence_parallel, _device(device, model), seed, virtual_stages, compile, recompute,
+        Overrides.of(overrides), plan, sequence_parallel, device_for(device, model), seed, virtual_stages, compile, recompute,
         zero if dp > 1 else 0,
         precision_named(plan.precision if plan is not None and precision == "fp32" else precision),
     )  # fmt: skip
@@ -105,7 +105,8 @@ def call_arguments(example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple
     )
 
 
-def _device(device: torch.device | str | None, model: nn.Module) -> torch.device:
+def device_for(device: torch.device | str | None, model: nn.Module) -> torch.device:
+    """Where ranks compute: the device that is asked for, else the model's, else (for models on meta) the GPU if there is one."""
     if device is not None:
         return torch.device(device)
     first = next((tensor for tensor in (*model.parameters(), *model.buffers())), None)
@@ -121,7 +122,7 @@ def profile_for(hardware: str | Hardware | None, model: nn.Module) -> Hardware:
     """The profile that is asked for; that of the device which the model is on for None."""
     if hardware is not None:
         return hardware_named(hardware)
-    if _device(None, model).type == "cuda":
+    if device_for(None, model).type == "cuda":
         name = torch.cuda.get_device_name()
         return hardware_named(next((profile for part, profile in _CUDA_PROFILES if part in name), "a100-80gb"))
     return hardware_named("cpu")

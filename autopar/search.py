@@ -12,9 +12,7 @@ A plan of the result is an ordinary `Plan` that is made when first looked into: 
 
 from __future__ import annotations
 
-import copy
 import heapq
-import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,9 +21,10 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from autopar.options import call_arguments, model_name
+from autopar.options import call_arguments, device_for, model_name
 from autopar.plan import Plan, Prediction
 from autopar.planner import make_plan
+from autopar.precision import precision_named
 from autopar.predict import Evaluator, Layout, LayoutPrediction, evaluator
 from autopar.search_space import RECOMPUTES, ZEROS, Space
 from autopar.trace import Traced, trace
@@ -39,7 +38,6 @@ PLAYED_COMPUTES = 12_000  # forwards of all schedules that are played: what a fe
 KEPT = 64  # of the fastest layouts, until then
 FAR = 1.5  # times the best step: what takes longer at least is not priced
 DECISIONS = ("tp", "pp", "dp", "zero", "sequence_parallel", "schedule", "virtual_stages", "microbatch_rows", "recompute")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[int, int], None]
 
 
@@ -143,7 +141,8 @@ def search(
 
     example_inputs: as of `parallelize`; of their sizes all but the rows are what is planned for. global_batch: rows of all replicas
     (None: each replica has the rows of the example). nodes: how many the devices are spread over; memory_bytes: of a device, where it
-    is not the profile's. The rest are decisions: "auto" leaves them to the search, anything else is kept.
+    is not the profile's. precision: as of `parallelize`; the model is traced in it. The rest are decisions: "auto" leaves them to the
+    search, anything else is kept.
 
     BadArgument: no devices, unknown hardware, a batch that no layout divides. DoesNotFit: no layout is within the memory; it says what
     would be. Errors of tracing as `parallelize` raises them.
@@ -158,7 +157,8 @@ def search(
         _given("microbatches", microbatches), None if schedule == "auto" else (schedule_named(schedule).name,), virtual_stages,
         RECOMPUTES if recompute == "auto" else (_one_of("recompute", recompute, RECOMPUTES),),
         ZEROS if zero == "auto" else (_one_of("zero", zero, ZEROS),),
-        (False, True) if sequence_parallel == "auto" else (_one_of("sequence_parallel", sequence_parallel, (False, True)),), precision,
+        (False, True) if sequence_parallel == "auto" else (_one_of("sequence_parallel", sequence_parallel, (False, True)),),
+        traced.precision.name,
     )  # fmt: skip
     begin = time.perf_counter()
     priced = evaluator(traced, None, profile.for_ranks(gpus))
@@ -212,35 +212,21 @@ def _traced(
     model: nn.Module | Traced, example_inputs: Mapping[str, Any] | tuple[Any, ...] | None, precision: str,
     loss_fn: Callable[..., torch.Tensor] | None,
 ) -> tuple[Traced, str]:  # fmt: skip
+    """The model as it computes in the precision, and what it is called."""
+    row = precision_named(precision)
     if isinstance(model, Traced):
+        if precision not in ("fp32", model.precision.name):
+            raise BadArgument(
+                f"precision = {precision!r}, and the model was traced in {model.precision.name!r}", use="the precision of the trace"
+            )
         return model, "model"
     if not isinstance(model, nn.Module):
         raise BadArgument(f"the model is a {type(model).__name__}, not an nn.Module")
     if example_inputs is None:
         raise BadArgument("a search needs example inputs", why="sizes decide what is fast", use="example_inputs={...}")
     args, kwargs = call_arguments(example_inputs)
-    dtype = _DTYPES.get(precision)
-    if dtype is not None:
-        model = on_meta(model, dtype)
-        args = tuple(_cast(value, dtype) for value in args)
-        kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
-    return trace(model, args, kwargs, loss_fn=loss_fn), model_name(model)
-
-
-def on_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a model without values, its floating-point state in `dtype`. The copy takes no memory."""
-    state: dict[int, Any] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        like = torch.empty_like(tensor, device="meta", dtype=kind)
-        state[id(tensor)] = nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
-    return copy.deepcopy(model, state)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return torch.empty_like(value, device="meta", dtype=dtype if value.is_floating_point() else value.dtype)
+    found = trace(model, args, kwargs, loss_fn=loss_fn, precision=row, device=device_for(None, model))
+    return found, model_name(model)
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
@@ -434,6 +420,7 @@ def _with_gpus(space: Space, gpus: int) -> Space:
 
 def _plan(found: LayoutPrediction, traced: Traced, hardware: Hardware, name: str, space: Space) -> Plan:
     layout = found.layout
+    zero = layout.zero if layout.dp > 1 else 0
     mesh = {"pp": layout.pp, **({"dp": layout.dp} if layout.dp > 1 else {}), "tp": layout.tp}
     predicted = Prediction(
         found.step_seconds, found.peak_bytes, found.bubble_fraction, sum(found.communication_seconds.values()), found.tflops_per_gpu,
@@ -442,6 +429,7 @@ def _plan(found: LayoutPrediction, traced: Traced, hardware: Hardware, name: str
     known = {
         "model": name, "mesh": mesh, "microbatches": layout.microbatches, "schedule": layout.schedule, "hardware": hardware.name,
         "virtual_stages": layout.virtual_stages, "recompute": layout.recompute, "predicted": predicted, "layout": layout,
+        "zero": zero, "precision": traced.precision.name,
     }  # fmt: skip
 
     def make() -> Plan:
@@ -449,7 +437,7 @@ def _plan(found: LayoutPrediction, traced: Traced, hardware: Hardware, name: str
         return make_plan(
             replace(traced, sizes=sizes), mesh=mesh, microbatches=layout.microbatches, schedule=layout.schedule, hardware=hardware,
             model_name=name, sequence_parallel=layout.sequence_parallel, virtual_stages=layout.virtual_stages,
-            recompute=layout.recompute,
+            recompute=layout.recompute, zero=zero,
         )  # fmt: skip
 
     return _SearchedPlan.lazily(known, make)

@@ -105,11 +105,14 @@ class StatePrecision:
     master_bytes: int
 
 
-# What a job holds by the precision it computes in. 16-bit and 8-bit jobs keep 16-bit parameters and gradients beside an f32 master
-# copy. Source: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.1; Rajbhandari et al. 2020, section 3.1.
+# What a job holds by the precision it computes in. Mixed ones cast f32 parameters as they are used, and the casts are values of the graph;
+# other 16-bit and 8-bit jobs keep 16-bit parameters and gradients beside an f32 master copy. Source: Micikevicius et al., "Mixed
+# Precision Training", ICLR 2018, section 3.1; Rajbhandari et al. 2020, section 3.1.
 STATE_PRECISIONS: dict[str, StatePrecision] = {
     "fp32": StatePrecision(4, 4, 0),
     "tf32": StatePrecision(4, 4, 0),
+    "bf16-mixed": StatePrecision(4, 4, 0),
+    "fp16-mixed": StatePrecision(4, 4, 0),
     "bf16": StatePrecision(2, 2, 4),
     "fp16": StatePrecision(2, 2, 4),
     "fp8": StatePrecision(2, 2, 4),

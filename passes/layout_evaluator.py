@@ -56,6 +56,8 @@ CONTEXT_BYTES = 3.0e9  # the driver's context, libraries' workspaces, the commun
 # Elements of the flat buffers that ZeRO 1 and 2 reduce gradients in and gather parameters in. Source: DeepSpeed's configuration,
 # defaults of reduce_bucket_size and allgather_bucket_size.
 ZERO_BUCKET_ELEMENTS = 500_000_000
+# The dtype whose peak rate a layout is measured against, by precision; for others that of most parameters.
+_PEAK_DTYPES = {"bf16": "bf16", "bf16-mixed": "bf16", "fp16": "f16", "fp16-mixed": "f16", "fp8": "fp8", "tf32": "tf32"}
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,7 @@ class Evaluator:
         )  # fmt: skip
 
     def _peak_flops(self, layout: Layout) -> float:
-        name = {"bf16": "bf16", "fp16": "f16", "fp8": "fp8", "tf32": "tf32"}.get(layout.precision, self._dtype)
+        name = _PEAK_DTYPES.get(layout.precision, self._dtype)
         rates = self.hardware.peak_flops
         return rates.get(name, rates["f32"])
 

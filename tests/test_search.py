@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import GPT, gpt_batch
+from reference import model_loss, train
 
 import autopar
 from autopar.cli import main
@@ -180,6 +182,49 @@ def test_the_plan_that_was_found_trains_as_the_untouched_model() -> None:
     expected = model(**batch)[0]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     par.close()
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(1, "fp32"), (3, "fp32"), (2, "bf16-mixed")])
+def test_a_searched_plan_with_replicas_runs_in_its_zero_stage_and_precision(zero: int, precision: str) -> None:
+    """Losses of 3 AdamW steps within 1e-5 (in f32; within 2e-2 in bf16) of the untouched model's on both replicas' rows together."""
+    torch.manual_seed(0)
+    model, batches = GPT(layers=2), [gpt_batch(8, seed=seed) for seed in range(3)]
+    alone = copy.deepcopy(model)
+    plan = search(model, batches[0], gpus=2, hardware="cpu", dp=2, zero=zero, precision=precision, top=1)[0]
+    assert (plan.zero, plan.precision, dict(plan.mesh)) == (zero, precision, {"pp": 1, "dp": 2, "tp": 1})
+    par = autopar.parallelize(model, batches[0], plan=plan)
+    losses = train(lambda batch: par.step(**batch), par.parameters(), batches)
+    par.close()
+
+    def step(batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = model_loss(alone, batch)
+        loss.backward()
+        return loss.detach()
+
+    expected = train(step, alone.parameters(), batches)
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    assert [loss.item() for loss in losses] == pytest.approx([loss.item() for loss in expected], abs=tolerance)
+
+
+def test_compute_is_priced_in_the_precision_that_is_asked_for() -> None:
+    options: dict[str, Any] = dict(tp=1, pp=1, dp=8, zero=0, recompute="none")
+    seconds = {name: searched(precision=name, **options).predictions[0] for name in ("fp32", "bf16-mixed", "bf16")}
+    assert seconds["bf16"].step_seconds < seconds["bf16-mixed"].step_seconds < seconds["fp32"].step_seconds
+    assert {found.layout.precision for found in seconds.values()} == set(seconds)
+    assert seconds["bf16-mixed"].memory.state_bytes == seconds["fp32"].memory.state_bytes
+    with pytest.raises(BadArgument, match="precision = 'fp7'"):
+        searched(precision="fp7")
+
+
+def test_auto_degrees_in_a_precision_with_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    model, batch = GPT(layers=4), gpt_batch(8)
+    for zero in (2, "auto"):
+        par = autopar.parallelize(model, batch, tp="auto", pp=1, dp="auto", zero=zero, precision="bf16-mixed", recompute="auto")
+        plan = par.plan
+        assert plan.num_ranks == 4 and plan.precision == "bf16-mixed"
+        assert zero == "auto" or plan.zero == (zero if plan.mesh.get("dp", 1) > 1 else 0)
 
 
 def test_auto_degrees_use_all_the_ranks_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,7 +276,7 @@ FABRICS: dict[str, Fabric] = {
         _NET_LATENCY + "; one NDR400 InfiniBand port per GPU: 50 GB/s, 48.5 reached (SimAI, calbusbw.h)",
     ),
     "4x-opa100": Fabric(
-        4, Link(9.6e-6, 5.8e9), _NET_LATENCY + "; four Omni-Path 100 ports a node (Jean Zay, IDRIS): 12.5 GB/s, of it 5.8 " + _FIT
+        4, Link(9.6e-6, 4.6e9), _NET_LATENCY + "; four Omni-Path 100 ports a node (Jean Zay, IDRIS): 12.5 GB/s, of it 4.6 " + _FIT
     ),
     "4x-edr100": Fabric(
         4, Link(9.6e-6, 11.5e9), _NET_LATENCY + "; four EDR InfiniBand ports a node (DGX-1 datasheet): 12.5 GB/s, 11.5 reached"

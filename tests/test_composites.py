@@ -85,9 +85,9 @@ def test_composites_take_the_way_that_has_a_gradient(monkeypatch: pytest.MonkeyP
     original = canonical_import.parts
     seen: list[list[bool]] = []
 
-    def spied(node, is_trainable):
+    def spied(node, is_trainable, mode):
         seen.append([is_trainable(source) for source in node.all_input_nodes])
-        return original(node, is_trainable)
+        return original(node, is_trainable, mode)
 
     monkeypatch.setattr(canonical_import, "parts", spied)
     trace(Of(lambda h: torch.multiply(h, h.detach())), (), inputs(4, 8))

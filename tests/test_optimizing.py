@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import GPT
+from reference import microbatches_of
 from torch import Tensor, nn
 
 import autopar
@@ -111,8 +112,11 @@ class Steep(nn.Module):
         return (torch.tanh(self.second(x) * 0.01).float() - y).square().sum()
 
 
-def trained(split: Any, model: nn.Module, batch: dict[str, Tensor], steps: int) -> tuple[list[float], list[float]]:
-    """Losses and scales, of a ParallelModel or (None) of the model by torch.autocast and GradScaler."""
+def trained(
+    split: Any, model: nn.Module, batch: dict[str, Tensor], steps: int, replicas: int = 1
+) -> tuple[list[float], list[float]]:
+    """Losses and scales, of a ParallelModel or (None) of the model by torch.autocast and GradScaler. A sum in fp16 of all rows may overflow
+    where those of `replicas` parts do not, so the model goes through them one by one; their losses add up."""
     parameters = model.parameters() if split is None else split.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     scaler = torch.amp.GradScaler("cpu")
@@ -120,9 +124,12 @@ def trained(split: Any, model: nn.Module, batch: dict[str, Tensor], steps: int) 
     for _ in range(steps):
         optimizer.zero_grad()
         if split is None:
-            with torch.autocast("cpu", dtype=torch.float16):
-                loss = loss_of(model, batch)
-            scaler.scale(loss).backward()
+            loss = torch.zeros(())
+            for part in microbatches_of(batch, replicas):
+                with torch.autocast("cpu", dtype=torch.float16):
+                    summand = loss_of(model, part)
+                scaler.scale(summand).backward()
+                loss += summand.detach()
             scaler.step(optimizer)
             scaler.update()
             scales.append(scaler.get_scale())
@@ -295,7 +302,7 @@ def test_norms_and_overflows_are_alike_on_all_replicas(zero: int) -> None:
     steep, points = Steep(), {"x": torch.randn(8, 16), "y": torch.randn(8, 16)}
     par = autopar.parallelize(steep, points, dp=2, pp=2, microbatches=1, zero=zero, precision="fp16-mixed")
     losses, scales = trained(par, steep, points, 8)
-    expected_losses, expected_scales = trained(None, copy.deepcopy(steep), points, 8)
+    expected_losses, expected_scales = trained(None, copy.deepcopy(steep), points, 8, replicas=2)
     assert scales == expected_scales and scales[0] == 2.0**15
     torch.testing.assert_close(losses, expected_losses, rtol=1e-3, atol=0.0)  # fp16: 5e-4 of a value
     par.close()

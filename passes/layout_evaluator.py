@@ -217,10 +217,14 @@ class Evaluator:
         stages = stage_sums(units, shared, blocks)
         row = schedule_named(layout.schedule)
         stage_ranks = row.stage_ranks(layout.pp, layout.virtual_stages)
-        by_stage = [
-            [sum(times[unit][part] * count for unit, count in stage.block_counts) for stage in stages] for part in range(5)
-        ]
-        forward, backward, weight, tensor_exposed, context_exposed = by_stage
+        alike: dict[tuple[tuple[int, int], ...], tuple[float, ...]] = {}
+        for stage in stages:
+            if stage.block_counts not in alike:
+                alike[stage.block_counts] = tuple(
+                    sum(times[unit][part] * count for unit, count in stage.block_counts) for part in range(5)
+                )
+        by_part = zip(*(alike[stage.block_counts] for stage in stages), strict=True)
+        forward, backward, weight, tensor_exposed, context_exposed = map(list, by_part)
         for k, stage in enumerate(stages):
             added = self._accumulate_seconds(stage.parameters, layout)
             backward[k], weight[k] = backward[k] + added, weight[k] + added
@@ -400,15 +404,16 @@ class Evaluator:
             return layout.microbatches * (2 * gather + scatter), 0.0  # exposed with the units: `_unit_seconds`
         traffic, exposed = 0.0, 0.0
         later = 0.0  # how much longer the ranks before this one run
+        known: dict[int, tuple[float, float]] = {}  # (sums, gathers) of so many parameters
         for rank in cut.ranks:
-            sums = collective_seconds(
-                "all_reduce" if layout.zero == 0 else "reduce_scatter", num_bytes=rank.parameters * each, axis_size=count, link=link
-            )
-            gathers = 0.0
-            if layout.zero:
-                gathers = collective_seconds(
-                    "all_gather", num_bytes=rank.parameters * row.parameter_bytes, axis_size=count, link=link
-                )
+            if rank.parameters not in known:
+                kind = "all_reduce" if layout.zero == 0 else "reduce_scatter"
+                known[rank.parameters] = (
+                    collective_seconds(kind, num_bytes=rank.parameters * each, axis_size=count, link=link),
+                    collective_seconds("all_gather", num_bytes=rank.parameters * row.parameter_bytes, axis_size=count, link=link)
+                    if layout.zero else 0.0,
+                )  # fmt: skip
+            sums, gathers = known[rank.parameters]
             left = sums + gathers
             if "dp" in layout.overlap:
                 bucket = min(1.0, BUCKET_BYTES / max(rank.parameters * each, 1))
@@ -433,6 +438,7 @@ class Evaluator:
         count, _ = self._replicas(layout)
         best: LayoutMemory | None = None
         seen: set[tuple[object, ...]] = set()
+        transfers = max(stage.sent_bytes for stage in cut.stages) * 2 if layout.pp > 1 else 0.0
         owned: list[list[StageSums]] = [[] for _ in cut.ranks]
         for stage, owner in zip(cut.stages, cut.stage_ranks, strict=True):
             owned[owner].append(stage)
@@ -450,7 +456,7 @@ class Evaluator:
             if layout.offload:
                 kept = min(kept, 2 * max(stage.kept_bytes / sum(n for _, n in stage.block_counts) for stage in held))
             working = max(stage.working_bytes for stage in held)
-            received = max(stage.sent_bytes for stage in cut.stages) * 2 if layout.pp > 1 else 0.0
+            received = transfers
             if layout.zero == 3 and count > 1:
                 each = STATE_PRECISIONS[layout.precision]
                 received += max(stage.largest_block_parameters for stage in held) * (2 * each.parameter_bytes + each.gradient_bytes)

@@ -54,8 +54,8 @@ _COMMON = {
     "basis": "what the efficiencies are: see their sources",
 }
 _FIT = (
-    "fitted to the published step times of tests/benchmarks/published.csv on this kind of device, all suites at once, by Gauss-Newton on "
-    "the logarithm of predicted / measured, each suite weighing the same, within the range that kernels alone were seen to reach"
+    "fitted to the published step times of tests/benchmarks/published.csv on this kind of device by Gauss-Newton on the logarithm of "
+    "predicted / measured, each suite weighing the same, within the range that kernels alone were seen to reach"
 )
 _VOLTA = _COMMON | {
     "peak_flops": "NVIDIA V100 datasheet (2020), SXM2 column; f16 with tensor cores, no bf16",
@@ -69,10 +69,10 @@ _VOLTA = _COMMON | {
 _AMPERE = _COMMON | {
     "peak_flops": "NVIDIA A100 datasheet (nvidia-a100-datasheet-us, 2021), SXM column; f64 and f32 without tensor cores",
     "memory_bandwidth_bytes_per_second": "NVIDIA A100 datasheet (nvidia-a100-datasheet-us, 2021), SXM column",
-    "matmul_efficiency": _FIT + "; the best shape alone reaches 0.87 "
+    "matmul_efficiency": "estimate for everyday shapes, kept since a fit gained nothing; the best shape alone reaches 0.87 "
     "(271.2 of 312 TFLOP/s bf16: Bekman, Machine Learning Engineering, table of maximum achievable matmul FLOPS)",
-    "kernels": "NVIDIA A100 whitepaper: 108 multiprocessors; the rest " + _FIT + "; misaligned batched products: near the rate without "
-    "tensor cores (19.5 of 312 TFLOP/s)",
+    "kernels": "NVIDIA A100 whitepaper: 108 multiprocessors; attention and overlap, rounded: " + _FIT + "; fill: of the size of a stage "
+    "of the loop; misaligned batched products: near the rate without tensor cores (19.5 of 312 TFLOP/s), as rows with such heads show",
     "basis": "fitted to whole training steps",
 }
 _HOPPER = _COMMON | {

@@ -364,7 +364,8 @@ def test_the_stage_with_a_large_vocabulary_has_fewer_layers() -> None:
     layers = [len({name.split(".")[2] for name in s.parameters if ".h." in name}) for s in plan.stages]
     assert sum(layers) >= 8 and layers[-1] < min(layers[:-1])
     seconds = [stage.cost.forward_seconds + stage.cost.backward_seconds for stage in plan.stages]
-    assert seconds[-1] > 0.9 * max(seconds), "its rank is busy all the same"
+    layer = min(each / count for each, count in zip(seconds, layers, strict=True) if count)
+    assert seconds[-1] > max(seconds) - layer, "its rank is busy all the same: one more layer would make it the slowest"
 
 
 def test_an_encoder_and_a_decoder_share_the_stages_by_time() -> None:

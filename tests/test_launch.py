@@ -261,7 +261,7 @@ def test_ctrl_c_stops_all_ranks(tmp_path: Any) -> None:
     while len(os.listdir(tmp_path / "pids")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     job.send_signal(signal.SIGINT)
-    _, errors = job.communicate(timeout=20)
+    _, errors = job.communicate(timeout=60)
     assert "KeyboardInterrupt" in errors
     for pid in os.listdir(tmp_path / "pids"):
         with pytest.raises(ProcessLookupError):

@@ -82,14 +82,19 @@ def checked_options(
     order = tuple(mesh_order)
     if sorted(order) != sorted(MESH_ORDER):
         raise BadArgument(f"mesh_order = {mesh_order!r}", use=f"each of {', '.join(MESH_ORDER)} once, the outermost first")
-    degrees = {"pp": pp, "dp": dp, "tp": tp}
-    mesh = {axis: degrees[axis] for axis in order if axis != "dp" or dp > 1}
+    mesh = mesh_of(pp=pp, dp=dp, tp=tp, order=order)
     return Options(
         dict(plan.mesh) if plan is not None else mesh, microbatches, schedule, loss_fn, profile_for(hardware, model),
         Overrides.of(overrides), plan, sequence_parallel, device_for(device, model), seed, virtual_stages, compile, recompute,
         zero if dp > 1 else 0,
         precision_named(plan.precision if plan is not None and precision == "fp32" else precision),
     )  # fmt: skip
+
+
+def mesh_of(*, pp: int, dp: int, tp: int, order: Sequence[str] = MESH_ORDER) -> dict[str, int]:
+    """The sizes of the axes, the outermost first; dp is there if there are replicas."""
+    degrees = {"pp": pp, "dp": dp, "tp": tp}
+    return {axis: degrees[axis] for axis in order if axis != "dp" or dp > 1}
 
 
 def call_arguments(example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -323,6 +323,10 @@ class ThreadedRanks:
                     if name in values:
                         piece = local_piece(values[name], wanted[name], self.plan, coords)
                         tensors[name] = _assign(tensors[name], piece, name, self.shards_of[rank])  # type: ignore[assignment]
+        self._renew()
+
+    def _renew(self) -> None:
+        """Shards of parameters that have got values."""
         for shards, parameters in zip(self.shards_of, self.parameters_of, strict=True):
             if shards is not None:
                 shards.renew(parameters)
@@ -336,9 +340,7 @@ class ThreadedRanks:
                     self.plan, self.plan.coords(rank), {**placed, **others}, name, value.to(self.device),
                     (self.parameters_of[rank], self.buffers_of[rank]), self.shards_of[rank],
                 )  # fmt: skip
-        for shards, parameters in zip(self.shards_of, self.parameters_of, strict=True):
-            if shards is not None:
-                shards.renew(parameters)
+        self._renew()
 
     def close(self) -> None:
         if self._threads is not None:

@@ -21,7 +21,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from autopar.options import call_arguments, device_for, model_name
+from autopar.options import call_arguments, device_for, mesh_of, model_name
 from autopar.plan import Plan, Prediction
 from autopar.planner import make_plan
 from autopar.precision import precision_named
@@ -421,7 +421,7 @@ def _with_gpus(space: Space, gpus: int) -> Space:
 def _plan(found: LayoutPrediction, traced: Traced, hardware: Hardware, name: str, space: Space) -> Plan:
     layout = found.layout
     zero = layout.zero if layout.dp > 1 else 0
-    mesh = {"pp": layout.pp, **({"dp": layout.dp} if layout.dp > 1 else {}), "tp": layout.tp}
+    mesh = mesh_of(pp=layout.pp, dp=layout.dp, tp=layout.tp)
     predicted = Prediction(
         found.step_seconds, found.peak_bytes, found.bubble_fraction, sum(found.communication_seconds.values()), found.tflops_per_gpu,
         found.mfu, f"predicted from a {found.basis} profile" + (f", +-{found.uncertainty:.0%}" if found.uncertainty else ""),

@@ -171,7 +171,7 @@ class Evaluator:
 
     def graph(self, tp: int, sequence_parallel: bool) -> RankGraph:
         """The folded graph sharded over tp. NoLegalSharding or UnevenShard where it cannot be."""
-        key = (tp, sequence_parallel and tp > 1)
+        key = _graph_key(tp, sequence_parallel)
         if key not in self._graphs:
             nominal = self._pricing(1)
             module = self.folded.module
@@ -187,7 +187,7 @@ class Evaluator:
     def units(self, layout: Layout) -> list[UnitCost]:
         """The model's units on one rank of the layout."""
         key = (
-            layout.tp, layout.sequence_parallel and layout.tp > 1, layout.cp, layout.stride("cp"), layout.microbatch_rows, layout.recompute,
+            *_graph_key(layout.tp, layout.sequence_parallel), layout.cp, layout.stride("cp"), layout.microbatch_rows, layout.recompute,
             layout.replay_all, layout.precision in ("fp8", "tf32") and layout.precision,
         )  # fmt: skip
         if key not in self._units:
@@ -200,7 +200,7 @@ class Evaluator:
     def stages(self, layout: Layout) -> _Stages:
         """The layout's stages: its own cut or the most even one."""
         key = (
-            layout.tp, layout.sequence_parallel and layout.tp > 1, layout.cp, layout.microbatch_rows, layout.recompute, layout.replay_all,
+            *_graph_key(layout.tp, layout.sequence_parallel), layout.cp, layout.microbatch_rows, layout.recompute, layout.replay_all,
             layout.pp, layout.virtual_stages, layout.schedule, layout.blocks, layout.overlap, layout.zero == 3,
             layout.dp if layout.zero == 3 else 0, layout.precision, layout.microbatches > 1, layout.gradient_bytes,
         )  # fmt: skip
@@ -213,7 +213,7 @@ class Evaluator:
         times = [self._unit_seconds(unit, layout) for unit in units]
         whole = [sum(each[:2]) for each in times]
         blocks = layout.blocks or even_cut([whole[unit] for unit in expanded(units)], layout.num_stages)
-        shared = self._shared[layout.tp, layout.sequence_parallel and layout.tp > 1]
+        shared = self._shared[_graph_key(layout.tp, layout.sequence_parallel)]
         stages = stage_sums(units, shared, blocks)
         row = schedule_named(layout.schedule)
         stage_ranks = row.stage_ranks(layout.pp, layout.virtual_stages)
@@ -279,7 +279,7 @@ class Evaluator:
         if layout.microbatches == 1:
             return 0.0
         row = STATE_PRECISIONS[layout.precision]
-        each = row.gradient_bytes if layout.gradient_bytes is None else layout.gradient_bytes
+        each = _gradient_bytes(layout)
         count = self._replicas(layout)[0] if layout.zero > 1 else 1
         rate = self.hardware.memory_bandwidth_bytes_per_second * self.hardware.memory_efficiency
         return numel / count * (row.parameter_bytes + 2 * each) / rate
@@ -396,7 +396,7 @@ class Evaluator:
         """(traffic of the fullest rank a step, what of it the step waits for): gradient sums, and gathers of updated parameters."""
         count, link = self._replicas(layout)
         row = STATE_PRECISIONS[layout.precision]
-        each = row.gradient_bytes if layout.gradient_bytes is None else layout.gradient_bytes
+        each = _gradient_bytes(layout)
         if count == 1:
             return 0.0, 0.0
         if layout.zero == 3:
@@ -479,6 +479,16 @@ class Evaluator:
                 row.max_in_flight(each, layout.pp, layout.microbatches, layout.virtual_stages) for each in range(layout.pp)
             )
         return self._schedules[key][rank]
+
+
+def _graph_key(tp: int, sequence_parallel: bool) -> tuple[int, bool]:
+    """Layouts alike in this have one sharded graph: with one rank there is nothing for sequence parallelism to split."""
+    return tp, sequence_parallel and tp > 1
+
+
+def _gradient_bytes(layout: Layout) -> float:
+    """Of an element that is summed over replicas and microbatches: the layout's own, else the precision's."""
+    return STATE_PRECISIONS[layout.precision].gradient_bytes if layout.gradient_bytes is None else layout.gradient_bytes
 
 
 _ALONE = schedule_named("1f1b")

@@ -14,7 +14,7 @@ from torch import fx
 
 from costmodel.ops import op_cost, op_saves
 from passes.costs import Pricing, op_name
-from passes.ir import calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
+from passes.ir import TensorType, calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
 from passes.localize import sharding
 from passes.placement import Placement, local_type
 from passes.reshard import Reshard, collective_seconds
@@ -49,7 +49,7 @@ def node_cost(node: fx.Node, pricing: Pricing, axis_sizes: Mapping[str, int], sa
         ]
         return NodeCost(times[0], times[1], sum(times), 0.0)
     inputs = [n for n in tensor_inputs(node)]
-    shapes = [pricing.shape(local_type(_type(n), sharding(n), axis_sizes)) for n in inputs]
+    shapes = [pricing.shape(local_type(typed(n), sharding(n), axis_sizes)) for n in inputs]
     results = [
         pricing.shape(local_type(value, result_sharding(node, k), axis_sizes))
         for k, value in enumerate(output_types(node))
@@ -76,7 +76,8 @@ def node_cost(node: fx.Node, pricing: Pricing, axis_sizes: Mapping[str, int], sa
     return NodeCost(forward, backward, 0.0, num_bytes)
 
 
-def _type(node: fx.Node):  # type: ignore[no-untyped-def]
+def typed(node: fx.Node) -> TensorType:
+    """The type of a node that is a tensor."""
     kind = tensor_type(node)
     assert kind is not None
     return kind

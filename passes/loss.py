@@ -33,10 +33,8 @@ from passes.shard import computed_once
 
 aten = torch.ops.aten
 
-SHARE, TOTAL = (
-    "loss_share",
-    "loss_total",
-)  # inputs of stages: a term's part of the batch's loss, the batch's sum for a divisor
+# inputs of stages: a term's part of the batch's loss, the batch's sum for a divisor
+SHARE, TOTAL = "loss_share", "loss_total"
 
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default}
 _PASS_THROUGH = _CASTS | {
@@ -76,9 +74,7 @@ class _Term:
     node: fx.Node
     weight: MakeWeight
     can_be_empty: bool = False  # its weight can be 0, and its value is then 0 / 0
-    total: fx.Node | None = (
-        None  # of a divisor: the sum that the whole batch's takes the place of; there is no share then
-    )
+    total: fx.Node | None = None  # of a divisor: what the whole batch's sum takes the place of; there is no share then
 
 
 def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
@@ -99,9 +95,8 @@ def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
     walk.visit(copies[loss])
     copies[loss].meta["loss"] = True
     meeting = dict.fromkeys(str(origin(node)) or str(node.target) for node in where_rows_meet(walk.ends, walk.weighed))
-    weights = (
-        _weights_module(copied, walk.terms) if walk.terms else None
-    )  # before a total takes the place of what it weighs
+    # before a total takes the place of what it weighs
+    weights = _weights_module(copied, walk.terms) if walk.terms else None
     shares: dict[fx.Node, fx.Node] = {}
     for index, term in enumerate(walk.terms):
         if term.total is not None:

@@ -35,6 +35,7 @@ from passes.ir import (
     tensor_inputs,
     tensor_type,
 )
+from passes.line import result_sharding, typed
 from passes.localize import sharding
 from passes.placement import Copied, Placement, Shard, per_block, segment_sizes
 from passes.reshard import RESHARDS
@@ -139,7 +140,7 @@ def module_cost(graphs: Iterable[fx.Graph], path: str, axis_sizes: Mapping[str, 
                     parameters[str(each.target)] = local_shape(kind, sharding(each), axis_sizes).numel
             collectives = _COLLECTIVES.get((node.target, bool(node.kwargs.get("partial_gradient", False))))
             if collectives is not None:
-                whole, axis = TensorShape(_type(node).shape, _type(node).dtype.itemsize), size_symbol(str(node.args[1]))
+                whole, axis = TensorShape(typed(node).shape, typed(node).dtype.itemsize), size_symbol(str(node.args[1]))
                 used = collectives if is_trainable(node) else collectives[:1]
                 communicated += [_WIRE_SHARES[name] * (axis - 1) / axis * whole.num_bytes for name in used if name]
                 continue
@@ -190,8 +191,8 @@ def _is_reshard(node: fx.Node) -> bool:
 def _call_cost(node: fx.Node, axis_sizes: Mapping[str, int], saved: set[object]) -> tuple[Cost, list[Any]]:
     """The cost of a call and the bytes it keeps that are not in `saved` yet; `saved` gets them."""
     inputs = tensor_inputs(node)
-    shapes = [local_shape(_type(n), sharding(n), axis_sizes) for n in inputs]
-    results = [local_shape(kind, _result_sharding(node, k), axis_sizes) for k, kind in enumerate(output_types(node))]
+    shapes = [local_shape(typed(n), sharding(n), axis_sizes) for n in inputs]
+    results = [local_shape(kind, result_sharding(node, k), axis_sizes) for k, kind in enumerate(output_types(node))]
     trainable = tuple(is_trainable(n) for n in inputs)
     name = op_name(node.target)
     causal = "scaled_dot_product_attention" in name and len(node.args) > 5 and bool(node.args[5])
@@ -233,19 +234,6 @@ def _local_size(size: Size, placement: Shard, axis: sympy.Symbol, axis_size: int
         count = block // unit
         pieces.append(sympy.Integer(block) / axis if count % axis_size == 0 else unit * sympy.ceiling(sympy.Integer(count) / axis))
     return sympy.Add(*pieces)
-
-
-def _type(node: fx.Node) -> TensorType:
-    kind = tensor_type(node)
-    assert kind is not None
-    return kind
-
-
-def _result_sharding(node: fx.Node, index: int) -> Mapping[str, Placement]:
-    if tensor_type(node) is not None:
-        return sharding(node)
-    user = next((u for u in node.users if u.target is operator.getitem and u.args[1] == index), None)
-    return sharding(user) if user is not None else {}
 
 
 def _sum(terms: Sequence[Any]) -> Any:

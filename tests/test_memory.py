@@ -176,7 +176,9 @@ def test_a_plan_of_a_model_without_values_allocates_nothing() -> None:
 def measured_peaks(
     par: autopar.ParallelModel, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> dict[int, int]:
-    """Per pipeline rank the most bytes that a rank holds in a second step: its state, and what ops allocate in its thread."""
+    """Per pipeline rank the most bytes that a rank holds in a second step: its state, two moments for what an optimizer updates, and what
+    ops allocate in its thread. With ZeRO 3 the state is the shards; whole parameters have no memory of their own.
+    """
     peaks: dict[int, int] = {}
     untouched = Worker.step
 
@@ -189,11 +191,15 @@ def measured_peaks(
             for ring in row
             for buffer in ring._buffers
         }
-        state = [*worker.parameters.values(), *worker.buffers.values(), *rings.values()]
+        shards = worker._shards
+        held = {**worker.parameters, **(shards.of if shards is not None and shards.gathers else {})}
+        trained = shards.of if shards is not None else worker.parameters
+        state = [*held.values(), *worker.buffers.values(), *rings.values()]
         with Allocations() as count:
-            count._known = dict.fromkeys((each.untyped_storage()._cdata for each in (*state, *given.values())), 0)
+            known = (*state, *worker.parameters.values(), *given.values())
+            count._known = dict.fromkeys((each.untyped_storage()._cdata for each in known), 0)
             loss = untouched(worker, given)
-        moments = 8 * sum(each.numel() for each in worker.parameters.values() if each.requires_grad)
+        moments = 8 * sum(each.numel() for each in trained.values() if each.requires_grad)
         place = worker.world.coords["pp"]
         peaks[place] = max(peaks.get(place, 0), bytes_of(state) + moments + count.bytes_peak)
         return loss

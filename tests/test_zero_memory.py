@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from models import GPT, gpt_batch
-from test_memory import Allocations, bytes_of
+from test_memory import measured_peaks
 from torch import Tensor, nn
 
 import autopar
-from autopar.runtime.worker import Worker
 from costmodel.memory import state_bytes
 
 
@@ -19,38 +18,6 @@ def heavy() -> tuple[nn.Module, dict[str, Tensor]]:
     """Parameters outweigh activations."""
     torch.manual_seed(0)
     return GPT(vocab=256, dim=128, heads=4, layers=6, flash=False), gpt_batch(rows=8, tokens=16, vocab=256)
-
-
-def measured_peaks(par: autopar.ParallelModel, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """Per pipeline rank the most bytes that a replica's rank holds in a second step, its state and two moments a parameter included."""
-    peaks: dict[int, int] = {}
-    untouched = Worker.step
-
-    def counted(worker: Worker, given: Any) -> Any:
-        rings = {
-            id(buffer): buffer
-            for chunk in worker._chunks for kept in chunk._ring_table.kept.values()
-            for row in (*kept.received, *kept.gradients) for ring in row for buffer in ring._buffers
-        }  # fmt: skip
-        shards = worker._shards
-        held = {**worker.parameters, **(shards.of if shards is not None and shards.gathers else {})}
-        trained = shards.of if shards is not None else worker.parameters
-        state = [*held.values(), *worker.buffers.values(), *rings.values()]
-        with Allocations() as count:
-            known = (*state, *worker.parameters.values(), *given.values())
-            count._known = dict.fromkeys((each.untyped_storage()._cdata for each in known), 0)
-            loss = untouched(worker, given)
-        moments = 8 * sum(each.numel() for each in trained.values() if each.requires_grad)
-        place = worker.world.coords["pp"]
-        peaks[place] = max(peaks.get(place, 0), bytes_of(state) + moments + count.bytes_peak)
-        return loss
-
-    par.step(**batch)
-    par.zero_grad()
-    with monkeypatch.context() as patch:
-        patch.setattr(Worker, "step", counted)
-        par.step(**batch)
-    return peaks
 
 
 PEAKS = [
@@ -68,7 +35,6 @@ def test_predicted_peaks_are_within_5_percent_of_measured_ones(
     par = autopar.parallelize(model, replica, dp=2, zero=zero, **options)
     predicted = {par.plan.stage_ranks[stage.index]: stage.cost.peak_bytes for stage in par.plan.stages}
     measured = measured_peaks(par, rows, monkeypatch)
-    par.close()
     for rank, num_bytes in measured.items():
         assert predicted[rank] == pytest.approx(num_bytes, rel=0.05), (rank, predicted, measured)
 

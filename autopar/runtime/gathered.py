@@ -21,6 +21,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from autopar.runtime.axis import Axis
+from autopar.runtime.buckets import buckets_of
 from autopar.runtime.parameter_shards import ParameterShards
 
 _HELD_GROUPS = 2
@@ -50,23 +51,6 @@ class _Use(torch.autograd.Function):
         return gradients[0], None
 
 
-def _groups(names: Sequence[str], shards: ParameterShards) -> list[list[str]]:
-    """Runs of about equal bytes; one dtype each."""
-    total = sum(shards.whole[name].nbytes for name in names)
-    limit = min(max(total // _GROUPS, _LEAST_GROUP_BYTES), _MOST_GROUP_BYTES)
-    groups: list[list[str]] = []
-    num_bytes = 0
-    for name in names:
-        parameter = shards.whole[name]
-        same = bool(groups) and shards.whole[groups[-1][0]].dtype == parameter.dtype
-        if not same or num_bytes + parameter.nbytes > limit:
-            groups.append([])
-            num_bytes = 0
-        groups[-1].append(name)
-        num_bytes += parameter.nbytes
-    return groups
-
-
 class GatheredParameters:
     """A stage's `p`. `names`: its parameters in the order of their first use; `held`: what the rank holds, by name: leaves and buffers."""
 
@@ -75,7 +59,10 @@ class GatheredParameters:
     ) -> None:
         self._axis, self._shards, self._leaf = axis, shards, held
         self._group_of: dict[str, list[str]] = {}
-        for group in _groups([name for name in names if name in shards.of], shards):
+        shared = [name for name in names if name in shards.of]
+        total = sum(shards.whole[name].nbytes for name in shared)
+        limit = min(max(total // _GROUPS, _LEAST_GROUP_BYTES), _MOST_GROUP_BYTES)
+        for group in buckets_of(shared, shards.whole, limit):
             self._group_of.update(dict.fromkeys(group, group))
         self._held: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
         self._name_at: dict[int, str] = {}  # by the address of its storage, of what is held

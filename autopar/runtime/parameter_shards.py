@@ -22,7 +22,7 @@ import copy
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,15 +32,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autopar.runtime.axis import Axis
+from autopar.runtime.buckets import BUCKET_BYTES, buckets_of, part_of, part_size
 from costmodel.errors import BadArgument
-
-_BUCKET_BYTES = 25 * 2**20
-
-
-def part_of(numel: int, replicas: int, coord: int) -> tuple[int, int]:
-    """(begin, end) of a replica's elements of a parameter."""
-    part = -(-numel // replicas)
-    return min(coord * part, numel), min((coord + 1) * part, numel)
 
 
 class ParameterShards:
@@ -53,8 +46,6 @@ class ParameterShards:
         self.whole = {name: each for name, each in parameters.items() if each.requires_grad or self.gathers}
         self.of = {name: self._shard(parameter) for name, parameter in self.whole.items()}
         self._seen = self._versions()
-        for shard in self.of.values():
-            _SHARDS[shard] = True
 
     def _shard(self, parameter: nn.Parameter) -> nn.Parameter:
         begin, end = part_of(parameter.numel(), self.replicas, self.coord)
@@ -62,7 +53,9 @@ class ParameterShards:
         if self.gathers:
             flat = flat.clone()
             parameter.data = parameter.new_zeros(()).expand(parameter.shape)
-        return nn.Parameter(flat.view(-1, *[1] * (parameter.ndim - 1)), requires_grad=parameter.requires_grad)
+        shard = nn.Parameter(flat.view(-1, *[1] * (parameter.ndim - 1)), requires_grad=parameter.requires_grad)
+        _SHARDS[shard] = True
+        return shard
 
     @property
     def on_meta(self) -> bool:
@@ -80,8 +73,8 @@ class ParameterShards:
         changed = torch.tensor(float(self._versions() != self._seen), device=axis_device(self.of))
         if not axis.all_reduce(changed, "max").item():
             return
-        for names in self._buckets():
-            parts = [-(-self.whole[name].numel() // self.replicas) for name in names]
+        for names in buckets_of(self.whole, self.whole, BUCKET_BYTES):
+            parts = [part_size(self.whole[name].numel(), self.replicas) for name in names]
             mine = self.whole[names[0]].new_zeros(sum(parts))
             for piece, name in zip(mine.split(parts), names, strict=True):
                 shard = self.of[name]
@@ -96,7 +89,7 @@ class ParameterShards:
     @torch.no_grad()
     def gathered(self, names: Sequence[str], axis: Axis) -> dict[str, torch.Tensor]:
         """The values of some parameters of one dtype, from all replicas' shards. All take part."""
-        parts = [-(-self.whole[name].numel() // self.replicas) for name in names]
+        parts = [part_size(self.whole[name].numel(), self.replicas) for name in names]
         mine = torch.cat([
             F.pad(self.of[name].detach().view(-1), (0, part - self.of[name].numel()))
             for name, part in zip(names, parts, strict=True)
@@ -121,20 +114,7 @@ class ParameterShards:
             if shard.is_meta and not parameters[name].is_meta:
                 self.whole[name] = parameters[name]
                 self.of[name] = self._shard(parameters[name])
-                _SHARDS[self.of[name]] = True
         self._seen = self._versions()
-
-    def _buckets(self) -> Iterator[list[str]]:
-        bucket: list[str] = []
-        num_bytes = 0
-        for name, parameter in self.whole.items():
-            if bucket and (parameter.dtype != self.whole[bucket[0]].dtype or num_bytes + parameter.nbytes > _BUCKET_BYTES):
-                yield bucket
-                bucket, num_bytes = [], 0
-            bucket.append(name)
-            num_bytes += parameter.nbytes
-        if bucket:
-            yield bucket
 
 
 def axis_device(tensors: Mapping[str, torch.Tensor]) -> torch.device:

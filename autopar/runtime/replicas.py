@@ -27,8 +27,8 @@ import torch.nn.functional as F
 
 from autopar.deferred import Product
 from autopar.runtime.axis import Axis, Pending
+from autopar.runtime.buckets import BUCKET_BYTES, buckets_of, part_size
 
-BUCKET_BYTES = 25 * 2**20
 _LEAST_BUCKETS = 4  # so that a small model's gradients are not all sent at the end
 _LEAST_BUCKET_BYTES = 2**20
 _UNDER_WAY = 2  # buckets at most: before one more starts, the first of them is waited for and its memory let go
@@ -43,20 +43,6 @@ class _Bucket:
         self.missing: set[int] = set()
         self.pending: Pending | None = None
         self.with_gradient: list[bool] = []
-
-
-def _buckets(names: Iterable[str], parameters: Mapping[str, torch.Tensor], limit_bytes: int) -> list[_Bucket]:
-    """One dtype and device a bucket, in the given order."""
-    groups: list[list[str]] = []
-    num_bytes, kind = 0, None
-    for name in names:
-        parameter = parameters[name]
-        if not groups or kind != parameter.dtype or num_bytes + parameter.nbytes > limit_bytes:
-            groups.append([])
-            num_bytes, kind = 0, parameter.dtype
-        groups[-1].append(name)
-        num_bytes += parameter.nbytes
-    return [_Bucket(group, [parameters[name] for name in group]) for group in groups]
 
 
 class ReplicaSums:
@@ -74,11 +60,13 @@ class ReplicaSums:
         self._axis = axis
         total = sum(parameters[name].nbytes for listed in (*stages.values(), late) for name in listed)
         limit = min(BUCKET_BYTES, max(_LEAST_BUCKET_BYTES, total // _LEAST_BUCKETS))
-        self._of_stage = {
-            stage: _buckets(reversed(stages[stage]), parameters, limit) for stage in sorted(stages, reverse=True)
-        }
-        self._early = [bucket for buckets in self._of_stage.values() for bucket in buckets]
-        self._late = _buckets(late, parameters, limit)
+
+        def buckets(names: Iterable[str]) -> list[_Bucket]:
+            return [_Bucket(run, [parameters[name] for name in run]) for run in buckets_of(names, parameters, limit)]
+
+        self._of_stage = {stage: buckets(reversed(stages[stage])) for stage in sorted(stages, reverse=True)}
+        self._early = [bucket for listed in self._of_stage.values() for bucket in listed]
+        self._late = buckets(late)
         if shards is not None:
             for bucket in (*self._early, *self._late):
                 bucket.shards = [shards[name] for name in bucket.names]
@@ -162,7 +150,7 @@ class ReplicaSums:
 
     def _rows(self, gradient: torch.Tensor) -> torch.Tensor:
         """[replicas, elements of one's part]"""
-        flat, part = gradient.reshape(-1), -(-gradient.numel() // self._axis.size)
+        flat, part = gradient.reshape(-1), part_size(gradient.numel(), self._axis.size)
         return F.pad(flat, (0, part * self._axis.size - flat.numel())).view(self._axis.size, part)
 
     def finish(self) -> None:
@@ -188,7 +176,7 @@ class ReplicaSums:
         flat = pending.wait()
         del pending
         if bucket.shards is not None:
-            parts = flat.split([-(-parameter.numel() // self._axis.size) for parameter in bucket.parameters])
+            parts = flat.split([part_size(parameter.numel(), self._axis.size) for parameter in bucket.parameters])
             for shard, piece, has in zip(bucket.shards, parts, bucket.with_gradient, strict=True):
                 if has:
                     gradient = piece[: shard.numel()].view(shard.shape)

@@ -1,0 +1,34 @@
+"""How tensors travel together, and how a tensor is cut over replicas: what sums, shards and gathers of data parallelism share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+BUCKET_BYTES = 25 * 2**20  # at most, but for a tensor that is larger alone
+
+
+def buckets_of(names: Iterable[str], tensors: Mapping[str, torch.Tensor], limit_bytes: int) -> list[list[str]]:
+    """Runs of names in the given order, one dtype each, of no more than `limit_bytes` but for single tensors."""
+    buckets: list[list[str]] = []
+    num_bytes, dtype = 0, None
+    for name in names:
+        tensor = tensors[name]
+        if not buckets or dtype != tensor.dtype or num_bytes + tensor.nbytes > limit_bytes:
+            buckets.append([])
+            num_bytes, dtype = 0, tensor.dtype
+        buckets[-1].append(name)
+        num_bytes += tensor.nbytes
+    return buckets
+
+
+def part_size(numel: int, replicas: int) -> int:
+    """Elements of a replica's part of a tensor; the last replicas' parts may be shorter."""
+    return -(-numel // replicas)
+
+
+def part_of(numel: int, replicas: int, coord: int) -> tuple[int, int]:
+    """(begin, end) of a replica's elements of a tensor."""
+    part = part_size(numel, replicas)
+    return min(coord * part, numel), min((coord + 1) * part, numel)

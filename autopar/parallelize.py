@@ -339,8 +339,9 @@ class ParallelModel:
         each rank of a job gives its replica's batch, a plain process the rows of all; loss and gradients are of all replicas' batches
         together, whatever number of rows or of ignored labels each has. BadArgument, on all ranks, if the model returns no loss, a
         batch does not fit, or replicas' batches differ in more than their rows; RankFailed if another rank died or stalled.
-        accumulate: more steps follow before the optimizer's. With precision="fp16-mixed" gradients are scaled and unscaled in here;
-        after an overflow, on any rank, every `.grad` is None, so an optimizer's step changes nothing (see `autopar.runtime.scaling`).
+        accumulate: more steps follow before the optimizer's (replicas sum their gradients in each of them all the same).
+        With precision="fp16-mixed" gradients are scaled and unscaled in here; after an overflow, on any rank, every `.grad` is None, so an
+        optimizer's step changes nothing (see `autopar.runtime.scaling`).
         """
         with self._meter.step() as done:
             ranks, batch, plan = self._to_train(args, kwargs)

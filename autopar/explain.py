@@ -30,7 +30,8 @@ from passes.loss import weigh_loss
 from passes.overrides import Overrides
 from passes.placement import Copied, Partial, Placement, Replicate, Shard, local_type, notation
 from passes.schedules import schedule as schedule_named
-from passes.shard import ShardPlan, shard, value_of
+from passes.shard import ShardPlan, shard
+from passes.values import value_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_named
 from passes.overrides import Overrides
 from passes.schedules import schedule as schedule_named
-from passes.shard import SequenceParallel
+from passes.shard_problem import SequenceParallel
 
 # The axes of the mesh, the outermost first: tensor-parallel ranks, which talk in every layer, are next to each other; replicas, which talk
 # once a step, come around them, and stages, which exchange activations only, around all.

@@ -31,7 +31,7 @@ from autopar.step_profile import StepProfile, step_profile
 from autopar.trace import Traced, trace
 from costmodel.errors import AutoparError, BadArgument, BadPlan, DoesNotFit
 from costmodel.hardware import Hardware
-from passes.shard import SequenceParallel
+from passes.shard_problem import SequenceParallel
 
 MOST_THREADS = 64  # ranks that one process may hold as threads
 

@@ -31,15 +31,18 @@ from passes.loss import weigh_loss
 from passes.names import readable_names
 from passes.order import order
 from passes.overrides import Overrides
+from passes.patterns import call_of
 from passes.placement import Copied, Partial, Shard, local_type, notation, parse_notation, type_text
-from passes.rules import call_of, rule_of
+from passes.rules import rule_of
 from passes.schedules import Schedule
 from passes.schedules import schedule as schedule_named
 from passes.serialize import graph_to_json
-from passes.shard import SequenceParallel, ShardPlan, is_call, shard
+from passes.shard import ShardPlan, shard
+from passes.shard_problem import SequenceParallel
 from passes.stages import StageGraph, held_in_stages, split_stages, stage_edges
 from passes.step_time import StepTimes
 from passes.timeline import simulate
+from passes.values import is_call
 
 TIED_EXACT_BYTES = 256 * 2**20  # keep tied gradients per microbatch (bitwise equal sums) up to this much memory a stage
 

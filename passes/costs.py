@@ -14,9 +14,10 @@ from costmodel.hardware import Hardware, Link
 from costmodel.ops import TensorShape, op_cost
 from costmodel.roofline import backward_seconds, forward_seconds
 from passes.ir import DTYPE_NAMES, Size, TensorType, size_symbol
+from passes.op_rule import Strategy
+from passes.patterns import Call
 from passes.placement import Placement, Replicate, Shard, local_size
 from passes.reshard import reshard_seconds
-from passes.rules import Call, Strategy
 
 MATMUL_DTYPES = ("f64", "f32", "bf16", "f16")
 

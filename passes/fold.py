@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from passes.ir import calls, is_kept, is_state, is_trainable, output_types, tensor_type
-from passes.shard import computed_once
+from passes.values import computed_once
 
 _LEAST_REPEATS = 4  # three are kept
 _LAGS = 4  # a block may hold up to so many of its rarest word

@@ -41,12 +41,13 @@ from passes.layout import Layout, LayoutMemory, LayoutPrediction
 from passes.layout_rows import TOKENS, RankGraph, SharedParameter, UnitCost, unit_costs
 from passes.layout_stages import StageSums, even_cut, expanded, stage_sums
 from passes.localize import localize
+from passes.patterns import call_of
 from passes.reshard import collective_seconds
-from passes.rules import call_of
 from passes.schedules import Schedule
 from passes.schedules import schedule as schedule_named
-from passes.shard import is_call, shard
+from passes.shard import shard
 from passes.step_time import StepTimes
+from passes.values import is_call
 
 BUCKET_BYTES = 40e6  # of gradients that are summed while the next ones are made: what is left over after the last backward
 # What a GPU holds besides tensors in use. Fitted to published peaks that nvidia-smi and torch report (tests/benchmarks/published.csv):

@@ -19,7 +19,7 @@ from passes.localize import sharding
 from passes.placement import Placement, local_type
 from passes.reshard import Reshard, collective_seconds
 from passes.rules import CONTRACTIONS
-from passes.shard import computed_once, value_of
+from passes.values import computed_once, value_of
 
 _CONTRACTIONS = frozenset(row.op for row in CONTRACTIONS)
 NEVER = 10**30  # bytes: no cut here

@@ -34,10 +34,12 @@ from passes.ir import (
     tensor_type,
 )
 from passes.local_ops import pad_shard
+from passes.op_rule import Strategy
 from passes.placement import Placement, Replicate, Shard, is_padded, is_whole, local_size
 from passes.reshard import RESHARDS, find_reshard, take_shard
-from passes.rules import CONTRACTIONS, Strategy, rule_of
-from passes.shard import ShardPlan, Value, value_of
+from passes.rules import CONTRACTIONS, rule_of
+from passes.shard import ShardPlan
+from passes.values import Value, value_of
 
 aten = torch.ops.aten
 

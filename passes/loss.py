@@ -29,7 +29,7 @@ from torch import fx
 
 from passes.ir import TensorType, origin, size_expr, tensor_type
 from passes.rows import where_rows_meet
-from passes.shard import computed_once
+from passes.values import computed_once
 
 aten = torch.ops.aten
 

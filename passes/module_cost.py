@@ -39,7 +39,7 @@ from passes.line import result_sharding, typed
 from passes.localize import sharding
 from passes.placement import Copied, Placement, Shard, per_block, segment_sizes
 from passes.reshard import RESHARDS
-from passes.shard import value_of
+from passes.values import value_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from costmodel.errors import BadArgument, NoLegalSharding
 from passes.cut import Held
 from passes.ir import TensorType, is_state, tensor_type
 from passes.placement import Placement, Shard, notation, parse_notation
-from passes.shard import Pins
+from passes.shard_problem import Pins
 
 
 @dataclass(frozen=True)

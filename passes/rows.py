@@ -19,7 +19,8 @@ from torch import fx
 
 from passes.canonical_rewrite import argument, op_name
 from passes.ir import Size, TensorType, output_types, size_symbol, tensor_inputs, tensor_type
-from passes.rules import RULES, call_of
+from passes.patterns import call_of
+from passes.rules import RULES
 
 ROWS = size_symbol("B")
 

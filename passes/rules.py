@@ -1,18 +1,15 @@
 """RULES: how each ATen op may be split over a mesh axis. One row an op, in the notation of `passes.annotation`.
 
 A row gives an annotation; splitting one of its names is one legal way to run the op: arguments that have the name are
-split,
-the others are whole with a partial gradient, results that lack it are partial sums. On top of that every op may run
-whole
+split, the others are whole with a partial gradient, results that lack it are partial sums. On top of that every op may run whole
 (all `Replicate`, or all `Copied`), and ops marked `linear` pass partial sums on:
 
 - "sum":   all arguments partial -> result partial (add, views, casts)
 - "first": the first partial, the others whole -> partial (division)
 - "each":  any one partial, the others whole -> partial (multiplication, matmul)
 
-`local` names what one rank computes instead where its shard alone is not enough (a split vocabulary). An op without a
-row stays
-whole; `register` adds a row from user code.
+`local` names what one rank computes instead where its shard alone is not enough (a split vocabulary). An op without a row
+stays whole; `register` adds a row from user code.
 
 Padding. A name that the axis does not divide may be split only by rows that say so, because the last ranks' pieces then
 have entries that are not the model's (`passes.placement`). Every such row keeps two things true of them: they are finite,
@@ -30,9 +27,7 @@ With `local`, the function is told the true size of the name (`size=`) and takes
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,81 +35,13 @@ from torch import fx
 
 from costmodel.errors import BadArgument
 from passes import contraction_patterns, patterns
-from passes.annotation import Binding, Cut, bind
-from passes.ir import Size, is_state, output_types, tensor_inputs
 from passes.local_ops import sharded_batch_norm, sharded_cross_entropy, sharded_embedding
-from passes.patterns import Call, Op, Pattern, call_of, elementwise, reduce, spatial, whole_dims
-from passes.placement import COPIED, PARTIAL, REPLICATE, Placement, Shard, divides
+from passes.op_rule import Annotation, Local, OpRule
+from passes.patterns import Call, Op, elementwise, reduce, spatial, whole_dims
+from passes.placement import PARTIAL, REPLICATE
 from passes.rule_table import TABLE
 
-__all__ = ["RULES", "Call", "Local", "Op", "OpRule", "Strategy", "call_of", "register", "rule_of", "strategies"]
-
 aten = torch.ops.aten
-
-
-Annotation = str | Pattern
-Rewrite = Callable[[fx.Node], tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Local:
-    """What a rank computes when a name is split: `rewrite(node)` gives function, args and kwargs; "axis" stands for
-    the axis.
-
-    `output` is the placement of the result; `all_reduces` counts the all_reduces of one value per row that it does
-    itself. `padding`: it can be given shards that are padded.
-    """
-
-    rewrite: Rewrite
-    output: Placement
-    all_reduces: int = 0
-    padding: bool = False
-
-
-@dataclass(frozen=True)
-class OpRule:
-    """One row. `sizes` is the position of the argument that spells the result's shape (views) or the split sizes
-    ("split"). `counts` names the int arguments that say how many of a name there are (groups): a rank that has its share
-    of that name passes its share of the number. `shared_results`: results that lack a split name are not sums, each rank
-    has them whole."""
-
-    op: Op
-    annotation: Annotation
-    linear: str | Callable[[Call], str] = ""
-    sizes: int | None = None
-    counts: Mapping[str, str] = field(default_factory=dict)
-    shared_results: bool = False
-    local: Mapping[str, Local] = field(default_factory=dict)
-    padding: str | Callable[[Call], str] = ""
-
-    def padding_of(self, call: Call) -> str:
-        """What the row says of padding for a call: one of the words of the module's docstring, or nothing."""
-        return self.padding if isinstance(self.padding, str) else self.padding(call)
-
-    def binding(self, call: Call) -> Binding:
-        """The annotation bound to a call's shapes. ValueError if it does not fit."""
-        text = self.annotation if isinstance(self.annotation, str) else self.annotation(call)
-        text, sizes = (text, ()) if isinstance(text, str) else text
-        return bind(
-            text, tuple(value.shape for value in call.inputs), tuple(value.shape for value in call.outputs), sizes
-        )
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """One legal way to run a call on an axis: a placement for every tensor argument and result; `split` is the split
-    name."""
-
-    inputs: tuple[Placement, ...]
-    outputs: tuple[Placement, ...]
-    split: tuple[str, ...] = ()
-    local: Local | None = None
-
-    @property
-    def is_split(self) -> bool:
-        """True if each rank does its share of the work."""
-        return any(isinstance(p, Shard) for p in (*self.inputs, *self.outputs))
-
 
 # ---- what one rank computes where its shard is not enough ------------------------------------------------------------
 
@@ -140,8 +67,7 @@ def _rewrite_cross_entropy(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any
     return sharded_cross_entropy, (*node.args[:2], "axis"), kwargs
 
 
-# ---- the table
-# --------------------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 _UNARY = (
     "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bitwise_not", "ceil", "celu", "clamp", "clamp_max",
@@ -406,123 +332,3 @@ def register(op: Op, annotation: Annotation, *, linear: str = "", padding: str =
     if rule_of(op) is not None:
         raise BadArgument(f"{op} already has a rule", use="another op, or edit its row in passes/rules.py")
     RULES[op] = OpRule(op, annotation, linear=linear, padding=padding)
-
-
-# ---- from rows to strategies
-# --------------------------------------------------------------------------------------------
-
-
-def _linear_strategies(kind: str, call: Call, differentiable: Sequence[bool]) -> list[Strategy]:
-    inputs, after = len(call.inputs), (PARTIAL,) * len(call.outputs)
-    sums = [value.is_floating for value in call.inputs]  # masks and counts are no sums
-    if kind == "sum":
-        return [Strategy((PARTIAL,) * inputs, after)] if inputs and all(sums) else []
-    positions = {"first": range(1), "each": range(inputs), "": range(0)}[kind]
-    return [
-        Strategy(tuple(PARTIAL if k == at else _whole(differentiable[k]) for k in range(inputs)), after)
-        for at in positions
-        if sums[at]
-    ]
-
-
-def _whole(differentiable: bool) -> Placement:
-    return COPIED if differentiable else REPLICATE
-
-
-def strategies(
-    rule: OpRule | None, call: Call, *, axis_size: int, differentiable: Sequence[bool], result_differentiable: bool,
-    cuts: Callable[[Binding, tuple[str, ...]], Sequence[Cut]], splittable: Callable[[Size], bool], zeros: Sequence[bool] = (),
-) -> list[Strategy]:  # fmt: skip
-    """Every legal way to run `call` over an axis of `axis_size` ranks, the whole one first.
-
-    `differentiable[i]`: a gradient flows into argument i. `cuts` gives the block structures to try for a split name,
-    `splittable`
-    says whether a name of that size may be split at all (batch and sequence may be reserved for other axes). `zeros[i]`: what
-    argument i has in its padding is zero (see `zero_padded`).
-    """
-    inputs, outputs = len(call.inputs), len(call.outputs)
-    found = [Strategy((REPLICATE,) * inputs, (REPLICATE,) * outputs)]
-    if result_differentiable:
-        found.append(Strategy(tuple(map(_whole, differentiable)), (COPIED,) * outputs))
-    if rule is None:
-        return found
-    binding = rule.binding(call)
-    for group in binding.choices:
-        if not all(splittable(binding.sizes[name]) for name in group):
-            continue
-        local = rule.local.get(group[0])
-        for cut in cuts(binding, group):
-            if local is not None and (cut.segments != 1 or cut.piece):
-                continue
-            padded = binding.is_padded(group, cut, axis_size)
-            if padded and any(name in rule.counts for name in group):
-                continue
-            if padded and not (local.padding if local is not None else _may_be_padded(rule, call, binding, group, zeros)):
-                continue
-            lacking = local.output if local is not None else REPLICATE if rule.shared_results else PARTIAL
-            strategy = _split_strategy(binding, group, cut, axis_size, differentiable, lacking, local)
-            if strategy is not None and strategy.is_split:
-                found.append(strategy)
-    linear = rule.linear if isinstance(rule.linear, str) else rule.linear(call)
-    if result_differentiable:
-        found += _linear_strategies(linear, call, differentiable)
-    return found
-
-
-def _may_be_padded(rule: OpRule, call: Call, binding: Binding, group: tuple[str, ...], zeros: Sequence[bool]) -> bool:
-    """True if a call may run with a padded name, see the module's docstring."""
-    padding = rule.padding_of(call)
-    if padding == "":
-        return False
-    inputs = [binding.concerned(*pair, group) is not None for pair in zip(binding.inputs, binding.input_shapes, strict=True)]
-    outputs = [binding.concerned(*pair, group) is not None for pair in zip(binding.outputs, binding.output_shapes, strict=True)]
-    if padding in ("first", "mask"):
-        barred = [k > 0 if padding == "first" else value.dtype == torch.bool for k, value in enumerate(call.inputs)]
-        return all(outputs) and not any(has and bar for has, bar in zip(inputs, barred, strict=True))
-    return all(outputs) or (padding == "product" and any(has and zero for has, zero in zip(inputs, zeros, strict=False)))
-
-
-def zero_padded(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose values are zero wherever a split pads them: parameters and buffers, and what views and multiples make of them."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if is_state(node) or (node.target is operator.getitem and node.args[0] in found):
-            found.add(node)
-        elif node.op == "call_function" and tensor_inputs(node) and found.issuperset(tensor_inputs(node)):
-            rule = rule_of(node.target)
-            if rule is not None and output_types(node) and rule.padding_of(call_of(node)) == "zeros":
-                found.add(node)
-    return found
-
-
-def _in_blocks(size: Size, segments: Size | tuple[int, ...], axis_size: int) -> bool:
-    """True if a name of that size has these blocks; symbolic ones have to be divided by the axis as well, numbers may be padded."""
-    if isinstance(size, int) and isinstance(segments, (int, tuple)):
-        return divides(size, segments, 1)
-    return divides(size, segments, axis_size)
-
-
-def _split_strategy(
-    binding: Binding,
-    group: tuple[str, ...],
-    cut: Cut,
-    axis_size: int,
-    differentiable: Sequence[bool],
-    lacking: Placement,
-    local: Local | None,
-) -> Strategy | None:
-    if len(group) == 1 and not _in_blocks(binding.sizes[group[0]], cut.segments, axis_size):
-        return None  # a dim made of several names may divide where this one does not
-    inputs: list[Placement] = []
-    for pattern, shape, needs_gradient in zip(binding.inputs, binding.input_shapes, differentiable, strict=True):
-        shard = binding.shard(pattern, shape, group, cut, axis_size)
-        if shard is False:
-            return None
-        inputs.append(shard if isinstance(shard, Shard) else _whole(needs_gradient))
-    outputs: list[Placement] = []
-    for pattern, shape in zip(binding.outputs, binding.output_shapes, strict=True):
-        shard = binding.shard(pattern, shape, group, cut, axis_size)
-        if shard is False:
-            return None
-        outputs.append(shard if isinstance(shard, Shard) else lacking)
-    return Strategy(tuple(inputs), tuple(outputs), group, local)

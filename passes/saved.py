@@ -19,7 +19,7 @@ from passes.line import result_sharding
 from passes.localize import sharding
 from passes.placement import local_type
 from passes.recompute import Saves
-from passes.shard import Value, value_of
+from passes.values import Value, value_of
 
 _ALIASES = frozenset({"copy_to", "own_gradient"})  # reshards whose result is their argument
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from passes.annotation import Binding, Cut
 from passes.ir import TensorType, tensor_inputs
 from passes.localize import localize
+from passes.op_rule import OpRule, Strategy
 from passes.patterns import call_of
 from passes.placement import (
     COPIED,
@@ -35,8 +36,9 @@ from passes.placement import (
     local_shard,
     whole_tensor,
 )  # fmt: skip
-from passes.rules import RULES, OpRule, Strategy, strategies
+from passes.rules import RULES
 from passes.shard import ShardPlan
+from passes.strategies import strategies
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 

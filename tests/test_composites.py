@@ -15,7 +15,7 @@ import autopar
 from autopar.trace import Traced, trace
 from passes import canonical_import
 from passes.rules import rule_of
-from passes.shard import depends_on_parameters, is_call
+from passes.values import depends_on_parameters, is_call
 
 aten = torch.ops.aten
 

@@ -16,10 +16,10 @@ from passes.costs import Pricing, op_name, symbolic_cost
 from passes.ir import is_trainable, size_symbol, tensor_inputs, tensor_type
 from passes.localize import sharding
 from passes.module_cost import FIGURES, calls_under
+from passes.patterns import call_of
 from passes.placement import local_type
 from passes.reshard import all_reduce, copy_to, own_gradient
-from passes.rules import call_of
-from passes.shard import is_call
+from passes.values import is_call
 
 
 @pytest.mark.parametrize("sizes", [{"B": 2, "T": 4}, {"B": 3, "T": 16}])

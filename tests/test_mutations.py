@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import autopar
 from autopar import program, state
 from autopar.runtime.gradients import GradientSums
-from passes import local_ops, patterns, placement, reshard, rules
+from passes import local_ops, patterns, placement, reshard, strategies
+from passes.op_rule import Strategy
 from passes.patterns import elementwise
-from passes.rules import RULES, Strategy
+from passes.rules import RULES
 
 aten = torch.ops.aten
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -60,7 +61,7 @@ def row(op: Any, **changes: Any) -> Break:
 
 def whole_sums(patch: pytest.MonkeyPatch) -> None:
     """A product over a split dim is taken to be whole: its all_reduce is forgotten."""
-    made = rules._split_strategy
+    made = strategies._split_strategy
 
     def forgetful(binding: Any, group: tuple[str, ...], *rest: Any) -> Strategy | None:
         found = made(binding, group, *rest)
@@ -71,7 +72,7 @@ def whole_sums(patch: pytest.MonkeyPatch) -> None:
             return found
         return replace(found, outputs=(placement.REPLICATE,))
 
-    patch.setattr(rules, "_split_strategy", forgetful)
+    patch.setattr(strategies, "_split_strategy", forgetful)
 
 
 def contiguous_shards(patch: pytest.MonkeyPatch) -> None:

@@ -23,11 +23,12 @@ import autopar
 from autopar.plan import Plan
 from autopar.weight_notes import weight_notes
 from costmodel.errors import NoLegalSharding
-from passes import rules
 from passes.contraction_patterns import SUM
 from passes.local_ops import pad_shard, sharded_cross_entropy, sharded_embedding
+from passes.op_rule import Local, OpRule
 from passes.patterns import elementwise
 from passes.placement import (
+    PARTIAL,
     Shard,
     can_be_padded,
     in_units,
@@ -38,7 +39,7 @@ from passes.placement import (
     parse_notation,
     whole_tensor,
 )  # fmt: skip
-from passes.rules import RULES, Local, OpRule
+from passes.rules import RULES
 
 aten = torch.ops.aten
 X = f(6, 12)
@@ -167,7 +168,7 @@ WRONG: list[tuple[str, OpRule, Example]] = [
     ("a norm without eps", replace(RULES[aten.layer_norm.default], padding="keeps"), call(X, [12], f(12), f(12), 0.0)),
     ("rows of another rank", replace(
         RULES[aten.embedding.default],
-        local={"v": Local(lambda node: (_even_rows, (*node.args[:2], "axis"), {}), rules.PARTIAL, padding=True)},
+        local={"v": Local(lambda node: (_even_rows, (*node.args[:2], "axis"), {}), PARTIAL, padding=True)},
     ), call(f(18, 6), below(18, 40))),
 ]  # fmt: skip
 

@@ -27,13 +27,17 @@ from torch import Tensor, fx, nn
 
 from passes import contraction_patterns, reshard
 from passes import placement as placements_module
+from passes.block_cuts import BlockCuts
 from passes.ir import TensorType, is_state, is_trainable, tensor_inputs
 from passes.localize import localize
-from passes.patterns import elementwise
+from passes.op_rule import OpRule, Strategy
+from passes.patterns import call_of, elementwise
 from passes.placement import COPIED, PARTIAL, REPLICATE, Placement, Shard, local_shard, whole_tensor
 from passes.reshard import RESHARDS, find_reshard
-from passes.rules import RULES, OpRule, Strategy, call_of, strategies, zero_padded
-from passes.shard import ShardPlan, _binding, _Cuts, depends_on_parameters, is_call, value_of
+from passes.rules import RULES
+from passes.shard import ShardPlan, _binding
+from passes.strategies import strategies, zero_padded
+from passes.values import depends_on_parameters, is_call, value_of
 
 aten = torch.ops.aten
 EXAMPLES, TOLERANCE = 400, 1e-9
@@ -345,7 +349,7 @@ def random_plan(net: Net, axis_size: int, choose: random.Random) -> ShardPlan:
     bindings = {
         node: bound for node, call in nodes.items() if node in parametric and (bound := _binding(call)) is not None
     }
-    cuts, zeros = _Cuts(bindings, axis_size), zero_padded(net.graph)
+    cuts, zeros = BlockCuts(bindings, axis_size), zero_padded(net.graph)
     options: dict[fx.Node, list[Strategy]] = {}
     wanted: dict[fx.Node, set[Placement]] = {}
     for node, call in nodes.items():

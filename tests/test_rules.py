@@ -15,14 +15,14 @@ from rule_examples import FURTHER
 from costmodel.errors import BadArgument
 from passes import contraction_patterns, index_patterns, patterns, rules
 from passes.contraction_patterns import NONE, SUM
+from passes.op_rule import OpRule
 from passes.patterns import elementwise
-from passes.rules import RULES, OpRule, register, rule_of
+from passes.rules import RULES, register, rule_of
 
 aten = torch.ops.aten
 F32, F64 = torch.float32, torch.float64
 
-# ---- examples: op -> calls
-# ------------------------------------------------------------------------------------------------
+# ---- examples: op -> calls -------------------------------------------------------------------------------------------
 
 _POSITIVE = {
     "log",
@@ -336,8 +336,7 @@ def test_rows_of_ops_that_other_libraries_bring(name):
         check(wrong, call(f(6, 12), f(3, 12, 6), offsets(6, 3)), 2)
 
 
-# ---- rows that are wrong
-# -----------------------------------------------------------------------------------------------------
+# ---- rows that are wrong ---------------------------------------------------------------------------------------------
 
 
 def _transposed_wrongly(call: Any) -> str:

@@ -19,7 +19,7 @@ from autopar.trace import Traced, trace
 from costmodel.errors import NoLegalSharding
 from costmodel.hardware import Link, hardware
 from costmodel.memory import optimizer_seconds, state_bytes
-from passes import shard as shard_pass
+from passes.block_cuts import BlockCuts
 from passes.costs import Pricing
 from passes.dominance import restricted, undominated
 from passes.elimination import minimise
@@ -27,17 +27,21 @@ from passes.ir import Size, TensorType, calls, is_state, is_trainable, size_symb
 from passes.local_ops import sharded_cross_entropy, sharded_embedding
 from passes.localize import localize
 from passes.loss import weigh_loss
+from passes.op_rule import Strategy
+from passes.patterns import call_of
 from passes.placement import COPIED, REPLICATE, Placement, Shard, local_type, notation
 from passes.reshard import collective_seconds
-from passes.rules import RULES, Strategy, call_of, strategies, zero_padded
+from passes.rules import RULES
 from passes.shard import shard
+from passes.shard_problem import MEMORY_WEIGHT
+from passes.strategies import strategies, zero_padded
+from passes.values import depends_on_parameters
 
 aten = torch.ops.aten
 INF = float("inf")
 
 
-# ---- elimination
-# ------------------------------------------------------------------------------------------------------------
+# ---- elimination -----------------------------------------------------------------------------------------------------
 
 
 def brute_force(domains: list[int], factors: list[tuple[tuple[int, ...], torch.Tensor]]) -> float:
@@ -85,8 +89,7 @@ def test_elimination_refuses_what_is_too_wide():
         minimise([10] * 12, pairs)
 
 
-# ---- the whole objective
-# -----------------------------------------------------------------------------------------------------
+# ---- the whole objective ---------------------------------------------------------------------------------------------
 
 
 TOKENS = 90  # what T stands for
@@ -201,11 +204,11 @@ def objective_of_the_best(
         return is_tokens(sympy.sympify(value.shape[placement.dim]) / placement.segments)
 
     graph = net.graph
-    parametric = shard_pass.depends_on_parameters(graph)
+    parametric = depends_on_parameters(graph)
     nodes = [n for n in calls(graph) if n in parametric]
     params = [n for n in graph.nodes if is_state(n)]
     bindings = {n: RULES[n.target].binding(call_of(n)) for n in nodes}
-    cuts, zeros = shard_pass._Cuts(bindings, axis_size), zero_padded(graph)
+    cuts, zeros = BlockCuts(bindings, axis_size), zero_padded(graph)
     domains: dict[fx.Node, list[Any]] = {}
     for n in nodes:
         flags = tuple(is_trainable(a) for a in tensor_inputs(n))
@@ -276,7 +279,7 @@ def objective_of_the_best(
     times = {n: 1 if n in params else in_flight for n in order}
     T = sum(costs[0][0] for costs in own.values())
     M = sum(costs[0][1] * times[n] for n, costs in own.items())
-    price = shard_pass.MEMORY_WEIGHT * T / max(M, 1.0)
+    price = MEMORY_WEIGHT * T / max(M, 1.0)
     for n, costs in own.items():
         add(
             [n],
@@ -356,8 +359,7 @@ def test_shard_equals_brute_force(block):
     assert compared == 50 and split > 10, (compared, split)
 
 
-# ---- what it finds on transformers
-# ----------------------------------------------------------------------------------------------
+# ---- what it finds on transformers -----------------------------------------------------------------------------------
 
 SIZES = {"vocab": 256, "dim": 128, "heads": 8, "context": 64}
 TEXT = {"rows": 8, "tokens": 64, "vocab": 256}

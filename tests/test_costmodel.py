@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from costmodel import collectives, memory
 from costmodel.cost import AMOUNTS, ZERO, Cost, number_at, total
 from costmodel.errors import BadArgument
-from costmodel.formulas import OpRow, Saved, TensorShape, contraction, keeps_nothing, matmul_flops, pointwise
+from costmodel.formulas import contraction, matmul_flops, pointwise
 from costmodel.hardware import HARDWARE, Hardware, Link, combined, hardware
+from costmodel.op_row import OpRow, Saved, TensorShape, keeps_nothing
 from costmodel.ops import ELEMENTWISE, OP_COSTS, VIEWS, base_name, is_view, op_cost, op_saves
 from costmodel.roofline import backward_seconds, flops_per_second, forward_seconds
 

@@ -17,8 +17,7 @@ Overlap. Traffic of an axis in `Layout.overlap` runs beside compute: of a tensor
 cannot hide is exposed, and always the first of its `tp` pieces; of a data-parallel sum what the last microbatch's backward cannot; of
 ZeRO 3's gathers what the unit before cannot. Compute is slowed meanwhile (`Kernels.overlap_slowdown`).
 
-Memory is `costmodel.memory.state_bytes`, what is kept for the microbatches in flight, the working set of one layer, and buffers;
-see `_memory`.
+Memory is `passes.layout_memory`.
 """
 
 from __future__ import annotations
@@ -33,11 +32,12 @@ from torch import fx
 from costmodel.collectives import send_seconds
 from costmodel.hardware import AxisLink, Hardware
 from costmodel.machine import UNCERTAINTY
-from costmodel.memory import STATE_PRECISIONS, optimizer_seconds, state_bytes
+from costmodel.memory import STATE_PRECISIONS, optimizer_seconds
 from passes.costs import Pricing
 from passes.fold import Folded, fold
 from passes.ir import DTYPE_NAMES, is_state, is_trainable, tensor_inputs, tensor_type
 from passes.layout import Layout, LayoutMemory, LayoutPrediction
+from passes.layout_memory import HeldStages, held_stages, layout_memory
 from passes.layout_rows import TOKENS, RankGraph, SharedParameter, UnitCost, unit_costs
 from passes.layout_stages import StageSums, even_cut, expanded, stage_sums
 from passes.localize import localize
@@ -50,13 +50,6 @@ from passes.step_time import StepTimes
 from passes.values import is_call
 
 BUCKET_BYTES = 40e6  # of gradients that are summed while the next ones are made: what is left over after the last backward
-# What a GPU holds besides tensors in use. Fitted to published peaks that nvidia-smi and torch report (tests/benchmarks/published.csv):
-# one pair of numbers for all of them.
-RESERVE = 0.12  # of what is allocated: what the caching allocator keeps while nobody needs it
-CONTEXT_BYTES = 3.0e9  # the driver's context, libraries' workspaces, the communicators' buffers
-# Elements of the flat buffers that ZeRO 1 and 2 reduce gradients in and gather parameters in. Source: DeepSpeed's configuration,
-# defaults of reduce_bucket_size and allgather_bucket_size.
-ZERO_BUCKET_ELEMENTS = 500_000_000
 # The dtype whose peak rate a layout is measured against, by precision; for others that of most parameters.
 _PEAK_DTYPES = {"bf16": "bf16", "bf16-mixed": "bf16", "fp16": "f16", "fp16-mixed": "f16", "fp8": "fp8", "tf32": "tf32"}
 
@@ -87,7 +80,6 @@ class _Rank:
     weight: float
     replay: float
     parameters: int
-    kept_bytes: float
 
 
 @dataclass(frozen=True)
@@ -96,6 +88,7 @@ class _Stages:
 
     stages: tuple[StageSums, ...]
     ranks: tuple[_Rank, ...]
+    held: tuple[HeldStages, ...]  # by rank
     blocks: tuple[int, ...]
     stage_ranks: tuple[int, ...]
     forward: tuple[float, ...]  # seconds by stage, exposed collectives in
@@ -121,7 +114,6 @@ class Evaluator:
         self._stages: dict[tuple[object, ...], _Stages] = {}
         self._shared: dict[tuple[int, bool], list[SharedParameter]] = {}
         self._flops: dict[int, float] = {}
-        self._schedules: dict[tuple[object, ...], tuple[int, ...]] = {}
         self._play = lru_cache(maxsize=64)(StepTimes)
         self._dtype = self._compute_dtype()
 
@@ -238,13 +230,13 @@ class Evaluator:
                 _Rank(
                     sum(forward[k] for k in held), sum(backward[k] for k in held), sum(weight[k] for k in held),
                     sum(stages[k].replay_seconds for k in held), sum(stages[k].parameters for k in held),
-                    sum(stages[k].kept_bytes for k in held),
                 )
             )  # fmt: skip
         busiest = max(range(layout.pp), key=lambda rank: ranks[rank].forward + ranks[rank].backward)
         mine = [k for k, owner in enumerate(stage_ranks) if owner == busiest]
         return _Stages(
-            tuple(stages), tuple(ranks), tuple(blocks), stage_ranks, tuple(forward), tuple(backward), tuple(weight),
+            tuple(stages), tuple(ranks), held_stages(stages, stage_ranks), tuple(blocks), stage_ranks,
+            tuple(forward), tuple(backward), tuple(weight),
             sum(stages[k].forward_tensor_seconds + stages[k].backward_tensor_seconds + stages[k].replay_tensor_seconds for k in mine),
             sum(tensor_exposed[k] for k in mine),
             sum(stages[k].forward_context_seconds + stages[k].backward_context_seconds + stages[k].replay_context_seconds for k in mine),
@@ -333,7 +325,7 @@ class Evaluator:
         idle = pipeline - layout.microbatches * sum(rank.forward + rank.backward for rank in cut.ranks) / len(cut.ranks)
         rows = layout.global_rows
         return LayoutPrediction(
-            layout, step, self._memory(layout, cut, row), float(self.hardware.memory_bytes), max(idle, 0.0) / step if step else 0.0,
+            layout, step, self._memory(layout, cut), float(self.hardware.memory_bytes), max(idle, 0.0) / step if step else 0.0,
             {
                 "tp": layout.microbatches * cut.tensor, "cp": layout.microbatches * cut.context, "dp": traffic, "pp": sends,
             },
@@ -345,6 +337,9 @@ class Evaluator:
             self.model_flops(layout.microbatch_rows) * rows / layout.microbatch_rows,
             self._peak_flops(layout), rows * self.sizes.get(TOKENS, 1), self.hardware.basis, self.uncertainty, cut.blocks,
         )  # fmt: skip
+
+    def _memory(self, layout: Layout, cut: _Stages) -> LayoutMemory:
+        return layout_memory(layout, cut.held, on_cpu=self.hardware.name == "cpu")
 
     def _peak_flops(self, layout: Layout) -> float:
         name = _PEAK_DTYPES.get(layout.precision, self._dtype)
@@ -433,53 +428,6 @@ class Evaluator:
                 numel, self.hardware, precision=layout.precision, optimizer=layout.optimizer, gradient_bytes=layout.gradient_bytes
             )
         )
-
-    def _memory(self, layout: Layout, cut: _Stages, row: Schedule) -> LayoutMemory:
-        """Of the fullest rank."""
-        count, _ = self._replicas(layout)
-        best: LayoutMemory | None = None
-        seen: set[tuple[object, ...]] = set()
-        transfers = max(stage.sent_bytes for stage in cut.stages) * 2 if layout.pp > 1 else 0.0
-        owned: list[list[StageSums]] = [[] for _ in cut.ranks]
-        for stage, owner in zip(cut.stages, cut.stage_ranks, strict=True):
-            owned[owner].append(stage)
-        for rank, (summed, held) in enumerate(zip(cut.ranks, owned, strict=True)):
-            alike = (self._in_flight(layout, row, rank), *map(id, held))
-            if alike in seen:
-                continue
-            seen.add(alike)
-            state = state_bytes(
-                summed.parameters, precision=layout.precision, zero=layout.zero, dp_size=count, optimizer=layout.optimizer,
-                gradient_bytes=layout.gradient_bytes,
-            )  # fmt: skip
-            in_flight = self._in_flight(layout, row, rank)
-            kept = summed.kept_bytes / len(held) * in_flight
-            if layout.offload:
-                kept = min(kept, 2 * max(stage.kept_bytes / sum(n for _, n in stage.block_counts) for stage in held))
-            working = max(stage.working_bytes for stage in held)
-            received = transfers
-            if layout.zero == 3 and count > 1:
-                each = STATE_PRECISIONS[layout.precision]
-                received += max(stage.largest_block_parameters for stage in held) * (2 * each.parameter_bytes + each.gradient_bytes)
-            if layout.zero in (1, 2) and count > 1:
-                each = STATE_PRECISIONS[layout.precision]
-                received += min(ZERO_BUCKET_ELEMENTS, summed.parameters) * (each.parameter_bytes + each.gradient_bytes)
-            memory = LayoutMemory(state.parameters, state.gradients, state.master, state.optimizer, kept, working, received)
-            if self.hardware.name != "cpu":
-                memory = replace(memory, reserve_bytes=RESERVE * memory.allocated_bytes, context_bytes=CONTEXT_BYTES)
-            if best is None or memory.device_bytes > best.device_bytes:
-                best = memory
-        assert best is not None
-        return best
-
-    def _in_flight(self, layout: Layout, row: Schedule, rank: int) -> int:
-        """Microbatches whose activations the stages of a rank hold at once, counted per stage."""
-        key = (row.name, layout.pp, layout.microbatches, layout.virtual_stages)
-        if key not in self._schedules:
-            self._schedules[key] = tuple(
-                row.max_in_flight(each, layout.pp, layout.microbatches, layout.virtual_stages) for each in range(layout.pp)
-            )
-        return self._schedules[key][rank]
 
 
 def _graph_key(tp: int, sequence_parallel: bool) -> tuple[int, bool]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from autopar.runtime.gathered import GatheredParameters
 from autopar.runtime.gradients import REPLICA_AXIS
+from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.replicas import ReplicaSums
 from costmodel.memory import Reducing
@@ -39,8 +40,7 @@ class ReplicasOfStage:
                 run.around_forward = self.gathered.saving
             self.sums = ReplicaSums(
                 axis, {stage.index: [name for name in stage.parameters if name in fake.parameters and name not in late]},
-                sorted(late.intersection(fake.parameters)), fake.parameters,
-                self.shards.of if self.shards is not None else None,
+                sorted(late.intersection(fake.parameters)), HeldGradients(fake.parameters, self.shards),
             )  # fmt: skip
         self.known = list(self.shards.of.values()) if self.shards is not None else []
 

@@ -339,7 +339,9 @@ class ParallelModel:
         each rank of a job gives its replica's batch, a plain process the rows of all; loss and gradients are of all replicas' batches
         together, whatever number of rows or of ignored labels each has. BadArgument, on all ranks, if the model returns no loss, a
         batch does not fit, or replicas' batches differ in more than their rows; RankFailed if another rank died or stalled.
-        accumulate: more steps follow before the optimizer's (replicas sum their gradients in each of them all the same).
+        accumulate: more steps follow before the optimizer's. As on one device their gradients add up, each of its own batch's loss: for
+        the mean over k steps divide the losses by k. Replicas sum once, in the last step, the one without it: until then `.grad` is not
+        to be used (with zero=2 or 3 each step sums into the shards instead, so that no whole gradients are kept).
         With precision="fp16-mixed" gradients are scaled and unscaled in here; after an overflow, on any rank, every `.grad` is None, so an
         optimizer's step changes nothing (see `autopar.runtime.scaling`).
         """
@@ -434,7 +436,8 @@ class ParallelModel:
         return None if scale is None else scale.value
 
     def reductions(self) -> dict[str, int]:
-        """How many times the last step summed each parameter's gradient over the replicas, by name: 1 each, whatever the microbatches.
+        """How many times the last step summed each parameter's gradient over the replicas, by name: 1 each, whatever the microbatches;
+        none where `accumulate` left that to a later step.
 
         Of this rank's parameters (a plain process: of all; a parameter that ranks count differently has the largest number).
         """

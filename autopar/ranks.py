@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,7 @@ from autopar.runtime.agreement import agree
 from autopar.runtime.axis import Axis, TransferFailed
 from autopar.runtime.board import padded
 from autopar.runtime.compiled import Compile
+from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.outputs import join
 from autopar.runtime.parameter_shards import ParameterShards, joined
 from autopar.runtime.record import RankRecord
@@ -183,8 +185,9 @@ class ThreadedRanks:
             self.parameters_of = [parameters for parameters, _ in pairs]
             self.buffers_of = [buffers for _, buffers in pairs]
             self.shards_of = [_shards_of(plan, rank, parameters) for rank, parameters in enumerate(self.parameters_of)]
+            self.held_of = list(map(HeldGradients, self.parameters_of, self.shards_of))
         else:
-            self.parameters_of, self.shards_of = like.parameters_of, like.shards_of
+            self.parameters_of, self.shards_of, self.held_of = like.parameters_of, like.shards_of, like.held_of
             self.buffers_of = [
                 _shared_buffers(plan, traced, rank, device, shared) for rank, shared in enumerate(like.buffers_of)
             ]
@@ -207,6 +210,7 @@ class ThreadedRanks:
                 seed=self.seed,
                 compile=self.compile,
                 shards_per_rank=self.shards_of,
+                held_per_rank=self.held_of,
                 loss_scale=self.loss_scale,
             )
         return self._threads
@@ -215,22 +219,20 @@ class ThreadedRanks:
         return rows // self.plan.mesh.get("dp", 1)
 
     def step(self, batch: Mapping[str, torch.Tensor], *, accumulate: bool) -> torch.Tensor:
-        return self._scaled("step", batch, accumulate)
+        with self._scaling(accumulate):
+            return self._run("step", batch, accumulate=accumulate)
 
     def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]:
-        return self._scaled("profile", batch, False)
+        with self._scaling(False):
+            return self._run("profile", batch)
 
-    def _scaled(self, method: str, batch: Mapping[str, torch.Tensor], accumulate: bool) -> Any:
-        if self.loss_scale is None:
-            return self._run(method, batch)
-        parameters = [parameter for _, parameter in self.named_parameters()]
-        with self.loss_scale.step(parameters, self.device, accumulate=accumulate):
-            return self._run(method, batch)
+    def _scaling(self, accumulate: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self.loss_scale is None else self.loss_scale.step(self.held_of, self.device, accumulate=accumulate)
 
-    def _run(self, method: str, batch: Mapping[str, torch.Tensor]) -> Any:
+    def _run(self, method: str, batch: Mapping[str, torch.Tensor], **options: bool) -> Any:
         threads = self._started()
         threads.train(self._training)
-        return getattr(threads, method)(batch)
+        return getattr(threads, method)(batch, **options)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None:
         results = self._run("forward", batch)
@@ -261,6 +263,8 @@ class ThreadedRanks:
                 yield (name if alone else f"rank {rank}: {name}"), parameter
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
+        for held in self.held_of:
+            held.check_summed("clip_grad_norm_")
         counted = [
             parameter.grad
             for rank, (parameters, shards) in enumerate(zip(self.parameters_of, self.shards_of, strict=True))
@@ -373,8 +377,9 @@ class ProcessRank:
                 plan, self.rank, whole_state(traced), self.world.device, _requires_grad(traced)
             )
             self.shards = _shards_of(plan, self.rank, self.parameters)
+            self.held = HeldGradients(self.parameters, self.shards)
         else:
-            self.parameters, self.shards = like.parameters, like.shards
+            self.parameters, self.shards, self.held = like.parameters, like.shards, like.held
             self.buffers = _shared_buffers(plan, traced, self.rank, self.world.device, like.buffers)
         placed, others = plan.rank_state(self.rank)
         self._texts = {**placed, **others}
@@ -388,7 +393,7 @@ class ProcessRank:
             require_values([*self.parameters.items(), *self.buffers.items()])
             self._worker = Worker(
                 _program(self.plan, self.rank), self.world, self.parameters, self.buffers,
-                seed=self.seed, compile=self.compile, shards=self.shards, loss_scale=self.loss_scale,
+                seed=self.seed, compile=self.compile, shards=self.shards, held=self.held, loss_scale=self.loss_scale,
             )  # fmt: skip
         return self._worker
 
@@ -404,22 +409,22 @@ class ProcessRank:
         raise self.world.lost(suspects, reason)
 
     def step(self, batch: Mapping[str, torch.Tensor], *, accumulate: bool) -> torch.Tensor:
-        return self._scaled(self.worker.step, batch, accumulate)
+        with self._scaling(accumulate):
+            return self.worker.step(batch, accumulate=accumulate)
 
     def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]:
-        loss, record = self._scaled(self.worker.profile, batch, False)
+        with self._scaling(False):
+            loss, record = self.worker.profile(batch)
         records: list[RankRecord] = [record] * self.plan.num_ranks
         if self.plan.num_ranks > 1:
             dist.all_gather_object(records, record)
         return loss, records
 
-    def _scaled(self, work: Callable[[Mapping[str, torch.Tensor]], Any], batch: Mapping[str, torch.Tensor], accumulate: bool) -> Any:
+    def _scaling(self, accumulate: bool) -> AbstractContextManager[None]:
         self.worker.train(self._training)
         if self.loss_scale is None:
-            return work(batch)
-        parameters = [parameter for _, parameter in self.named_parameters()]
-        with self.loss_scale.step(parameters, self.world.device, self._axes(), accumulate=accumulate):
-            return work(batch)
+            return nullcontext()
+        return self.loss_scale.step([self.held], self.world.device, self._axes(), accumulate=accumulate)
 
     def _axes(self) -> list[Axis]:
         return [self.world.axis(name) for name in self.plan.mesh]
@@ -445,6 +450,7 @@ class ProcessRank:
         yield from {**self.parameters, **(self.shards.of if self.shards is not None else {})}.items()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
+        self.held.check_summed("clip_grad_norm_")
         counted = [
             parameter.grad
             for name, parameter in (self.parameters if self.shards is None else self.shards.of).items()

@@ -26,6 +26,7 @@ from autopar.plan import Plan
 from autopar.precision import PRECISIONS
 from autopar.program import Program
 from autopar.runtime.batch import BatchTypes
+from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.scaling import LossScale
 from autopar.runtime.worker import Worker
@@ -111,16 +112,17 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
         }
         scale = LossScale() if PRECISIONS[_plan(folder).precision].scales_loss else None
         shards = ParameterShards(parameters, program.mesh["dp"], program.coords["dp"], program.zero) if program.zero else None
+        held = HeldGradients(parameters, shards)
         worker = Worker(
             program, world, parameters, {name: b.to(world.device) for name, b in buffers.items()}, seed=arguments.seed,
-            shards=shards, loss_scale=scale,
+            shards=shards, held=held, loss_scale=scale,
         )  # fmt: skip
         axes = [world.axis(name) for name in program.mesh]
         trained = [p for p in (parameters if shards is None else shards.of).values() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=arguments.lr) if trained else None
         for step in range(arguments.steps or len(batches)):
             of_replicas = BatchTypes(program.batch, 1).over_replicas(batches[step % len(batches)], program.mesh.get("dp", 1))
-            with scale.step(trained, world.device, axes) if scale is not None else nullcontext():
+            with scale.step([held], world.device, axes) if scale is not None else nullcontext():
                 loss = worker.step(of_replicas[program.coords.get("dp", 0)])
             if optimizer is not None:
                 optimizer.step()

@@ -182,7 +182,7 @@ def measured_peaks(
     peaks: dict[int, int] = {}
     untouched = Worker.step
 
-    def counted(worker: Worker, given: Any) -> Any:
+    def counted(worker: Worker, given: Any, **options: Any) -> Any:
         rings = {
             id(buffer): buffer
             for chunk in worker._chunks
@@ -198,7 +198,7 @@ def measured_peaks(
         with Allocations() as count:
             known = (*state, *worker.parameters.values(), *given.values())
             count._known = dict.fromkeys((each.untyped_storage()._cdata for each in known), 0)
-            loss = untouched(worker, given)
+            loss = untouched(worker, given, **options)
         moments = 8 * sum(each.numel() for each in trained.values() if each.requires_grad)
         place = worker.world.coords["pp"]
         peaks[place] = max(peaks.get(place, 0), bytes_of(state) + moments + count.bytes_peak)

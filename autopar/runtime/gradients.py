@@ -23,6 +23,7 @@ import torch
 
 from autopar.deferred import Product
 from autopar.program import StageModule
+from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.replicas import ReplicaSums
 from autopar.runtime.world import World
 
@@ -120,25 +121,25 @@ class _TiedSum:
 class GradientSums:
     """The gradients of one rank's stages (classes by number) that several ranks have parts of. False if there are none.
 
-    `replicas`: their sums over data parallelism; None where there is one replica. `shards`: as `ReplicaSums` takes them.
+    `held`: the rank's parameters, and its shards of them. `replicas`: the sums over data parallelism; None where there is one replica.
     """
 
     def __init__(
         self, world: World, stages: Mapping[int, type[StageModule]], stage_ranks: Sequence[int],
-        parameters: Mapping[str, torch.Tensor], num_microbatches: int, shards: Mapping[str, torch.Tensor] | None = None,
+        held: HeldGradients, num_microbatches: int,
     ) -> None:  # fmt: skip
-        trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+        trained = {name: tensor for name, tensor in held.parameters.items() if tensor.requires_grad}
         self._world, self._parameters = world, trained
         split = world.axis("tp").size > 1
         self._partial = sorted({n for cls in stages.values() for n in cls.PARTIAL_GRADIENTS if n in trained and split})
         tied: dict[str, tuple[tuple[int, ...], bool]] = {}
         for cls in stages.values():
-            for name, held in cls.TIED.items():
-                if name in trained and len(held) > 1:
-                    tied[name] = (tuple(held), cls.TIED_EXACT)
+            for name, users in cls.TIED.items():
+                if name in trained and len(users) > 1:
+                    tied[name] = (tuple(users), cls.TIED_EXACT)
         self._tied = {
-            name: _TiedSum(name, trained[name], held, stage_ranks, world, num_microbatches, exact)
-            for name, (held, exact) in sorted(tied.items())
+            name: _TiedSum(name, trained[name], users, stage_ranks, world, num_microbatches, exact)
+            for name, (users, exact) in sorted(tied.items())
         }
         self._of_stage = {stage: [tied for tied in self._tied.values() if stage in tied.own] for stage in stages}
         self.replicas: ReplicaSums | None = None
@@ -149,16 +150,16 @@ class GradientSums:
                 stage: [name for name in cls.PARAMS if name in trained and name not in late]
                 for stage, cls in stages.items()
             }
-            self.replicas = ReplicaSums(replicas, early, late, trained, shards)
+            self.replicas = ReplicaSums(replicas, early, late, held)
         self._earlier: dict[str, torch.Tensor | None] = {}
 
     def __bool__(self) -> bool:
         return bool(self._tied or self._partial or self.replicas)
 
-    def begin(self) -> None:
-        """Set aside what earlier steps left."""
+    def begin(self, accumulate: bool = False) -> None:
+        """Set aside what earlier steps left. `accumulate`: more steps follow before the optimizer's."""
         if self.replicas is not None:
-            self.replicas.begin()
+            self.replicas.begin(accumulate)
         for name in (*self._tied, *self._partial):
             if name not in self._earlier:
                 self._earlier[name], self._parameters[name].grad = self._parameters[name].grad, None

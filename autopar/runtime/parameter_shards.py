@@ -42,7 +42,7 @@ class ParameterShards:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], replicas: int, coord: int, stage: int) -> None:
-        self.replicas, self.coord, self.gathers = replicas, coord, stage >= 3
+        self.replicas, self.coord, self.stage, self.gathers = replicas, coord, stage, stage >= 3
         self.whole = {name: each for name, each in parameters.items() if each.requires_grad or self.gathers}
         self.of = {name: self._shard(parameter) for name, parameter in self.whole.items()}
         self._seen = self._versions()

@@ -10,7 +10,8 @@ A parameter's gradient is complete when the last microbatch has added its part: 
 complete and the bucket before has started, so on all replicas in one order: later stages first, in a stage the last used first.
 Tied and partial gradients come last, after their sums over the other axes. `finish` waits for all and leaves the sums in `.grad`.
 
-What earlier steps left in `.grad` has been summed already: it is set aside when the step begins and added back.
+What earlier steps left in `.grad` has been summed already: it is set aside when the step begins and added back; unless they
+accumulated and left parts, which this step adds to (`held_gradients.py`).
 A parameter that gets no gradient takes part with zeros and keeps None: all replicas run one program, so it gets none on any.
 
 With ZeRO (`parameter_shards.py`) each replica gets the sum of its shards' elements only, added to the shards' `.grad`: a bucket is a
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from autopar.deferred import Product
 from autopar.runtime.axis import Axis, Pending
 from autopar.runtime.buckets import BUCKET_BYTES, buckets_of, part_size
+from autopar.runtime.held_gradients import HeldGradients
 
 _LEAST_BUCKETS = 4  # so that a small model's gradients are not all sent at the end
 _LEAST_BUCKET_BYTES = 2**20
@@ -49,15 +51,14 @@ class ReplicaSums:
     """The sums over `axis` of one rank's gradients.
 
     `stages`: by stage, the names that are complete when its last backward is over, in the order of their first use; `late`: those
-    that are not before the end of the step. `shards`: the parts of the parameters that are to get the sums, by name; None: the whole
-    parameters do. `reductions` counts, by name, the sums of the last step.
+    that are not before the end of the step. `held`: the rank's parameters, or the shards of them that are to get the sums.
+    `reductions` counts, by name, the sums of the last step.
     """
 
     def __init__(
-        self, axis: Axis, stages: Mapping[int, Sequence[str]], late: Sequence[str],
-        parameters: Mapping[str, torch.Tensor], shards: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:  # fmt: skip
-        self._axis = axis
+        self, axis: Axis, stages: Mapping[int, Sequence[str]], late: Sequence[str], held: HeldGradients
+    ) -> None:
+        self._axis, self._held, parameters = axis, held, held.parameters
         total = sum(parameters[name].nbytes for listed in (*stages.values(), late) for name in listed)
         limit = min(BUCKET_BYTES, max(_LEAST_BUCKET_BYTES, total // _LEAST_BUCKETS))
 
@@ -67,9 +68,10 @@ class ReplicaSums:
         self._of_stage = {stage: buckets(reversed(stages[stage])) for stage in sorted(stages, reverse=True)}
         self._early = [bucket for listed in self._of_stage.values() for bucket in listed]
         self._late = buckets(late)
-        if shards is not None:
-            for bucket in (*self._early, *self._late):
-                bucket.shards = [shards[name] for name in bucket.names]
+        self._buckets = [*self._early, *self._late]
+        if held.shards is not None:
+            for bucket in self._buckets:
+                bucket.shards = [held.shards.of[name] for name in bucket.names]
         self._bucket_of = {id(parameter): bucket for bucket in self._early for parameter in bucket.parameters}
         for bucket in self._early:
             for parameter in bucket.parameters:
@@ -77,21 +79,26 @@ class ReplicaSums:
         self._watching = False
         self._put_off: Sequence[list[Product]] = ()
         self._next = 0
-        self._earlier: dict[int, torch.Tensor] = {}
+        self._sums_now = True
+        self._earlier: dict[str, torch.Tensor] = {}
         self.reductions: Counter[str] = Counter()
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Set aside what earlier steps left."""
+    def begin(self, accumulate: bool = False) -> None:
+        """Set aside what earlier steps left. `accumulate`: another step of the same update follows."""
         self.reductions.clear()
         self._next, self._watching = 0, False
-        for bucket in (*self._early, *self._late):
+        self._sums_now = not (accumulate and self._held.keeps_parts)
+        if self._held.unsummed:
+            self._held.take_up()
+        for bucket in self._buckets:
             bucket.missing = {id(parameter) for parameter in bucket.parameters}
             bucket.pending = None
-            for parameter in bucket.parameters:
-                if bucket.shards is None and parameter.grad is not None and id(parameter) not in self._earlier:
-                    self._earlier[id(parameter)], parameter.grad = parameter.grad, None
+            if bucket.shards is None and not self._held.unsummed:
+                for name, parameter in zip(bucket.names, bucket.parameters, strict=True):
+                    if parameter.grad is not None and name not in self._earlier:
+                        self._earlier[name], parameter.grad = parameter.grad, None
 
     def watch(self, put_off: Sequence[list[Product]]) -> None:
         """The next backward is the last of its stage for all gradients but those that are in these lists, or will be by then."""
@@ -119,7 +126,7 @@ class ReplicaSums:
         self._start_next()
 
     def _start_next(self) -> None:
-        while self._next < len(self._early) and not self._early[self._next].missing:
+        while self._sums_now and self._next < len(self._early) and not self._early[self._next].missing:
             self._start(self._early[self._next])
             for earlier in self._early[max(0, self._next - _UNDER_WAY) : self._next]:
                 if earlier.pending is not None:
@@ -154,19 +161,23 @@ class ReplicaSums:
         return F.pad(flat, (0, part * self._axis.size - flat.numel())).view(self._axis.size, part)
 
     def finish(self) -> None:
-        """Start what has not been started, and put all sums into `.grad`."""
+        """Start what has not been started, and put all sums into `.grad`; where another step is to do it, leave parts there."""
+        if not self._sums_now:
+            self._held.keep(self._earlier, self._axis.coord)
+            self._earlier.clear()
+            return
         for bucket in self._early:
             bucket.missing.clear()
         self._start_next()
         for bucket in self._late:
             self._start(bucket)
-        started = [*self._early, *self._late]
-        for bucket in started:
+        for bucket in self._buckets:
             if bucket.pending is not None:
                 bucket.pending.advance()
-        for bucket in started:
+        for bucket in self._buckets:
             self._deliver(bucket)
         self._earlier.clear()
+        self._held.unsummed = False
 
     def _deliver(self, bucket: _Bucket) -> None:
         """Wait for a bucket's sum, if that has not been done, and hand it out."""
@@ -183,8 +194,8 @@ class ReplicaSums:
                     shard.grad = gradient if shard.grad is None else shard.grad.add_(gradient)
             return
         pieces = flat.split([parameter.numel() for parameter in bucket.parameters])
-        for parameter, piece, has in zip(bucket.parameters, pieces, bucket.with_gradient, strict=True):
-            earlier = self._earlier.get(id(parameter))
+        for name, parameter, piece, has in zip(bucket.names, bucket.parameters, pieces, bucket.with_gradient, strict=True):
+            earlier = self._earlier.get(name)
             if has:
                 gradient = piece.view(parameter.shape)
                 parameter.grad = gradient if earlier is None else earlier.add_(gradient)
@@ -192,12 +203,14 @@ class ReplicaSums:
                 parameter.grad = earlier
 
     def abandon(self) -> None:
-        """The step failed: `.grad` is again what it was before it."""
+        """The step failed: `.grad` is again what it was before it; parts that it may have added to are gone."""
         self._watching = False
-        for bucket in (*self._early, *self._late):
+        if self._held.unsummed:
+            self._held.clear()
+        for bucket in self._buckets:
             bucket.pending = None
-            for parameter in bucket.parameters:
-                parameter.grad = self._earlier.get(id(parameter))
+            for name, parameter in zip(bucket.names, bucket.parameters, strict=True):
+                parameter.grad = self._earlier.get(name)
         self._earlier.clear()
 
 

@@ -6,8 +6,9 @@ step is an overflow. It leaves no gradients (`.grad` None, so any optimizer leav
 that skips), and the scale is halved; after 2,000 steps without one it is doubled. The first steps usually overflow: 65,536 is
 meant to be too much. `step` returns the loss all the same.
 
-Several steps for one update (`accumulate=True`): gradients that are there already are multiplied by the scale (a power of 2, so exactly)
-and divided with the others. An overflow in any of them is one of the update: the last leaves no gradients.
+Several steps for one update (`accumulate=True`): gradients that are there already, sums or parts of them (`held_gradients.py`), are
+multiplied by the scale (a power of 2, so exactly) and divided with the others. An overflow in any of them is one of the update: the last
+leaves no gradients.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from autopar.runtime.axis import Axis
+from autopar.runtime.held_gradients import HeldGradients
 
 INITIAL = 2.0**16
 GROWTH_STEPS = 2000
@@ -34,31 +36,31 @@ class LossScale:
 
     @contextmanager
     def step(
-        self, parameters: Sequence[torch.Tensor], device: torch.device, axes: Iterable[Axis] = (), *,
+        self, held: Sequence[HeldGradients], device: torch.device, axes: Iterable[Axis] = (), *,
         accumulate: bool = False,
     ) -> Iterator[None]:  # fmt: skip
-        """Around a step of the ranks of `axes`, which hold `parameters`. `accumulate`: another step of the same update follows.
+        """Around a step of the ranks of `axes`, which have the gradients `held`. `accumulate`: another step of the same update follows.
 
         A step that raises leaves what gradients it leaves divided.
         """
-        _multiply(parameters, self.value)
+        _multiply(held, self.value)
         try:
             yield
         except BaseException:
-            _multiply(parameters, 1.0 / self.value)
+            _multiply(held, 1.0 / self.value)
             raise
-        self._finish(parameters, device, axes, accumulate)
+        self._finish(held, device, axes, accumulate)
 
     def _finish(
-        self, parameters: Sequence[torch.Tensor], device: torch.device, axes: Iterable[Axis], accumulate: bool
+        self, held: Sequence[HeldGradients], device: torch.device, axes: Iterable[Axis], accumulate: bool
     ) -> None:
-        overflow = _unscale([each.grad for each in parameters if each.grad is not None], 1.0 / self.value, device)
+        overflow = _unscale(_gradients(held), 1.0 / self.value, device)
         for axis in axes:
             overflow = axis.all_reduce(overflow)
         self._overflow = self._overflow or bool(overflow)
         if self._overflow:
-            for parameter in parameters:
-                parameter.grad = None
+            for each in held:
+                each.clear()
         if accumulate:
             return
         overflowed, self._overflow = self._overflow, False
@@ -71,11 +73,13 @@ class LossScale:
                 self.value, self._since_overflow = self.value * 2, 0
 
 
-def _multiply(parameters: Iterable[torch.Tensor], factor: float) -> None:
-    """Gradients that are there."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
+def _gradients(held: Iterable[HeldGradients]) -> list[torch.Tensor]:
+    return [holder.grad for each in held for holder in each.holders() if holder.grad is not None]
+
+
+def _multiply(held: Iterable[HeldGradients], factor: float) -> None:
+    for gradient in _gradients(held):
+        gradient.mul_(factor)
 
 
 def _unscale(gradients: list[torch.Tensor], factor: float, device: torch.device) -> torch.Tensor:

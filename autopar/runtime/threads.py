@@ -27,6 +27,7 @@ from autopar.runtime.batch import BatchTypes
 from autopar.runtime.board import Board
 from autopar.runtime.compiled import Compile
 from autopar.runtime.gradients import REPLICA_AXIS
+from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord
 from autopar.runtime.scaling import LossScale
@@ -53,6 +54,7 @@ class _Job:
     timeout_seconds: float
     compile: Compile
     shards: ParameterShards | None
+    held: HeldGradients | None
     loss_scale: LossScale | None
 
     def worker(self) -> Worker:
@@ -61,7 +63,7 @@ class _Job:
         )
         return Worker(
             self.program, world, self.parameters, self.buffers, seed=self.seed, compile=self.compile, joins_replicas=True,
-            shards=self.shards, loss_scale=self.loss_scale,
+            shards=self.shards, held=self.held, loss_scale=self.loss_scale,
         )  # fmt: skip
 
 
@@ -72,7 +74,7 @@ class _Rank:
 
     def __init__(self, job: _Job, results: queue.SimpleQueue[tuple[int, Any, BaseException | None]]) -> None:
         self.job, self.results = job, results
-        self.orders: queue.SimpleQueue[tuple[str, Any, int, bool] | None] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[tuple[str, Any, dict[str, Any], int, bool] | None] = queue.SimpleQueue()
         self.worker: Worker | None = None
         self.thread = threading.Thread(target=self._run, name=f"autopar rank {job.rank}", daemon=True)
         self.thread.start()
@@ -82,7 +84,7 @@ class _Rank:
         if self.job.device.type == "cuda":
             torch.cuda.set_device(self.job.device)
         while (order := self.orders.get()) is not None:
-            method, argument, num_threads, training = order
+            method, argument, options, num_threads, training = order
             result, failure = None, None
             try:
                 if torch.get_num_threads() != num_threads:
@@ -90,7 +92,7 @@ class _Rank:
                 if self.worker is None:
                     self.worker = self.job.worker()
                 self.worker.train(training)
-                result = getattr(self.worker, method)(argument)
+                result = getattr(self.worker, method)(argument, **options)
             except BaseException as error:
                 failure = error
             del order, argument
@@ -128,6 +130,7 @@ class ThreadRanks:
         timeout_seconds: float = TIMEOUT_SECONDS,
         compile: Compile = False,
         shards_per_rank: Sequence[ParameterShards | None] | None = None,
+        held_per_rank: Sequence[HeldGradients] | None = None,
         loss_scale: LossScale | None = None,
     ) -> None:
         check_world_size(len(programs), mesh)
@@ -136,6 +139,7 @@ class ThreadRanks:
         self._device, self._seed, self._timeout_seconds = torch.device(device), seed, timeout_seconds
         self._compile: Compile = compile
         self._shards = shards_per_rank if shards_per_rank is not None else [None] * len(programs)
+        self._held = held_per_rank if held_per_rank is not None else [None] * len(programs)
         self._loss_scale = loss_scale
         self._batch_types = BatchTypes(programs[0].batch, microbatches, tuple(mesh))
         self._training = True
@@ -144,9 +148,9 @@ class ThreadRanks:
         self._results: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
         self._end: weakref.finalize[Any, Any] | None = None
 
-    def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def step(self, batch: Mapping[str, torch.Tensor], *, accumulate: bool = False) -> torch.Tensor:
         """Forward and backward on all ranks; the loss of the whole batch."""
-        return self._each("step", batch)[0]
+        return self._each("step", batch, accumulate=accumulate)[0]
 
     def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]:
         """`step`, and every rank's record of it."""
@@ -180,15 +184,15 @@ class ThreadRanks:
     def _job(self, rank: int, store: dist.Store, memory: bytearray) -> _Job:
         return _Job(
             *self._state[rank], rank, self.mesh, store, memory,
-            self._device, self._seed, self._timeout_seconds, self._compile, self._shards[rank], self._loss_scale,
+            self._device, self._seed, self._timeout_seconds, self._compile, self._shards[rank], self._held[rank], self._loss_scale,
         )  # fmt: skip
 
-    def _each(self, method: str, batch: Mapping[str, torch.Tensor]) -> list[Any]:
+    def _each(self, method: str, batch: Mapping[str, torch.Tensor], **options: Any) -> list[Any]:
         batches = self._batch_types.over_replicas(batch, self.mesh.get(REPLICA_AXIS, 1))
         for each in batches:
             self._batch_types.layout(each)  # BadArgument here, before a rank knows of it
         if self.num_ranks == 1:
-            return [self._on_this_thread(method, batch)]
+            return [self._on_this_thread(method, batch, options)]
         if not self._ranks:
             self._results = queue.SimpleQueue()
             self._ranks = [_Rank(job, self._results) for job in self._jobs()]
@@ -196,7 +200,7 @@ class ThreadRanks:
         num_threads = torch.get_num_threads()
         for number, rank in enumerate(self._ranks):
             replica = coords_of(number, self.mesh).get(REPLICA_AXIS, 0)
-            rank.orders.put((method, batches[replica], num_threads, self._training))
+            rank.orders.put((method, batches[replica], options, num_threads, self._training))
         results: list[Any] = [None] * self.num_ranks
         failures: dict[int, BaseException] = {}
         try:
@@ -213,14 +217,17 @@ class ThreadRanks:
             raise
         if failures:
             self._stop()
+            for held in self._held:  # a rank may have been through with its step
+                if held is not None and held.unsummed:
+                    held.clear()
             self._raise(failures)
         return results
 
-    def _on_this_thread(self, method: str, batch: Mapping[str, torch.Tensor]) -> Any:
+    def _on_this_thread(self, method: str, batch: Mapping[str, torch.Tensor], options: dict[str, Any]) -> Any:
         if self._alone is None or self._alone.world.closed:
             self._alone = self._jobs()[0].worker()
         self._alone.train(self._training)
-        return getattr(self._alone, method)(batch)
+        return getattr(self._alone, method)(batch, **options)
 
     def _stop(self) -> None:
         for rank in self._ranks:

@@ -29,6 +29,7 @@ from autopar.runtime.board import padded
 from autopar.runtime.chunk import Chunk
 from autopar.runtime.compiled import Compile, compile_stage
 from autopar.runtime.gradients import REPLICA_AXIS, GradientSums
+from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.outputs import join, share_loss
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord, meet, recorded_step
@@ -70,7 +71,8 @@ class Worker:
     With data parallelism the batch of `step` is this replica's, the loss and the gradients are of all replicas' together;
     buffers that forward updates are averaged over them. `forward` is of this replica's batch alone, unless
     `joins_replicas`: then losses in its outputs are parts of the loss of all replicas' batches. `shards`: this replica's parts of
-    `parameters`, which get the gradients and are what an optimizer updates.
+    `parameters`, which get the gradients and are what an optimizer updates. `held`: the gradients, shared by all workers on the same
+    parameters; None: there is no other.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Worker:
         compile: Compile = False,
         joins_replicas: bool = False,
         shards: ParameterShards | None = None,
+        held: HeldGradients | None = None,
         loss_scale: LossScale | None = None,
     ) -> None:
         if dict(program.mesh) != world.mesh or dict(program.coords) != world.coords:
@@ -103,7 +106,7 @@ class Worker:
         stages = dict(zip(program.stage_numbers, program.stages, strict=True))
         self._shards = shards
         self._sums = GradientSums(
-            world, stages, program.stage_ranks, self.parameters, self.num_microbatches, shards.of if shards is not None else None
+            world, stages, program.stage_ranks, held or HeldGradients(self.parameters, shards), self.num_microbatches
         )
         if self._sums and not any(isinstance(instruction, SumGradients) for instruction in program.schedule):
             raise BadPlan("Gradients have to be summed over ranks, but the schedule has no SumGradients().")
@@ -195,13 +198,15 @@ class Worker:
         for chunk in self._chunks:
             chunk.stage.training = mode
 
-    def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def step(self, batch: Mapping[str, torch.Tensor], *, accumulate: bool = False) -> torch.Tensor:
         """Forward and backward of the whole batch. The loss of the whole batch, the same on every rank.
+
+        `accumulate`: more steps follow before the optimizer's; see `held_gradients.py`.
 
         BadArgument for a batch that does not fit; RankFailed if another rank died, raised or stalled.
         """
         layout = self._begin(batch)
-        return self._guarded(lambda: self._step(batch, layout))
+        return self._guarded(lambda: self._step(batch, layout, accumulate))
 
     def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, RankRecord]:
         """`step` right after all ranks have met, with the times of what this one did."""
@@ -242,11 +247,11 @@ class Worker:
         for chunk in self._chunks:
             chunk.drop()
 
-    def _step(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> torch.Tensor:
+    def _step(self, batch: Mapping[str, torch.Tensor], layout: Layout, accumulate: bool) -> torch.Tensor:
         self._prepare(batch, layout, self._replicas)
         if self._loss_scale is not None and self._loss_chunk is not None:
             self._loss_chunk.loss_scale = self._loss_scale.value
-        self._sums.begin()
+        self._sums.begin(accumulate)
         with torch.enable_grad():
             self._execute(*self._training)
         return self._whole_loss()

@@ -21,6 +21,7 @@ from autopar.emit import emit_program
 from autopar.program import Receive, Send
 from costmodel.errors import AutoparError, BadArgument, BadPlan
 from costmodel.memory import PeakMemory
+from costmodel.replicas import ReplicaTraffic
 from passes.cut import StageCost
 from passes.instructions import BackwardInput, Instruction, instruction
 from passes.ir import Size
@@ -51,7 +52,9 @@ class ParameterPlacement:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the cost model expects of one training step, and on what basis. Bytes are per rank (the largest)."""
+    """What the cost model expects of one training step, and on what basis. Bytes are per rank (the largest). `replicas`: what data
+    parallelism exchanges, its seconds part of `communication_seconds` and those exposed of `step_seconds`; None without it.
+    """
 
     step_seconds: float
     peak_bytes: float
@@ -60,6 +63,7 @@ class Prediction:
     tflops_per_gpu: float
     mfu: float
     basis: str = "predicted"
+    replicas: ReplicaTraffic | None = None
 
 
 @dataclass(frozen=True)
@@ -318,7 +322,7 @@ class Plan:
             **({"zero": self.zero} if self.zero else {}),
             **{name: dict(getattr(self, name)) for name in maps},
             "weights": dict(self.parameter_notation),
-            "predicted": asdict(self.predicted),
+            "predicted": {name: value for name, value in asdict(self.predicted).items() if value is not None},
             "notes": list(self.notes),
             "gradient_edges": [list(edge) for edge in self.gradient_edges],
             "stage_ranks": list(self.stage_ranks),
@@ -367,7 +371,7 @@ class Plan:
                 **given,
                 mesh=mesh,
                 parameter_notation=dict(values["weights"]),
-                predicted=Prediction(**values["predicted"]),
+                predicted=_prediction(values["predicted"]),
                 notes=tuple(values["notes"]),
                 gradient_edges=tuple((int(a), int(b)) for a, b in values["gradient_edges"]),
                 stage_ranks=tuple(int(rank) for rank in values["stage_ranks"]),
@@ -410,6 +414,10 @@ def _stage_from_json(record: Mapping[str, Any]) -> StagePlan:
         axis_sizes=dict(record["axis_sizes"]),
         records=record["graph"],
     )
+
+
+def _prediction(record: Mapping[str, Any]) -> Prediction:
+    return Prediction(**{**record, "replicas": ReplicaTraffic(**record["replicas"]) if "replicas" in record else None})
 
 
 def _memory(record: Mapping[str, int] | None) -> PeakMemory | None:

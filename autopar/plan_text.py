@@ -177,6 +177,24 @@ def _memory_text(plan: Plan) -> str:
     )
 
 
+_SHARED_OUT = {
+    0: "gradients all-reduced once", 1: "gradients reduce-scattered once, parameters gathered once",
+    2: "gradients reduce-scattered once, parameters gathered once",
+    3: "parameters gathered in each forward and backward, gradients reduce-scattered once",
+}  # fmt: skip
+
+
+def _replicas_text(plan: Plan) -> str:
+    """What replicas exchange; "" without them."""
+    traffic = plan.predicted.replicas
+    if traffic is None:
+        return ""
+    return f"REPLICAS  (dp={plan.mesh['dp']}, ZeRO {plan.zero}; of one rank a step)\n" + _wrapped(
+        f"{bytes_text(traffic.num_bytes)} sent ({_SHARED_OUT[plan.zero]}) in {seconds_text(traffic.seconds)}; "
+        f"the step is {seconds_text(traffic.exposed_seconds)} longer for them"
+    )
+
+
 def transfer_table(plan: Plan) -> list[dict[str, Any]]:
     """The rows of TRANSFERS: each value once per stage it goes to, with the bytes one rank sends for the largest
     microbatch.
@@ -288,6 +306,7 @@ def plan_text(plan: Plan) -> str:
     )
     if all(stage.cost.memory is not None for stage in plan.stages):
         parts.append(_memory_text(plan))
+    parts += filter(None, [_replicas_text(plan)])
     parts.append(_weights_text([(row.name, row.placement, row.meaning) for row in weight_rows(plan)]))
     transfers = transfer_table(plan)
     if transfers:

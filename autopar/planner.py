@@ -10,12 +10,14 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from autopar.memory_plan import with_memory
+from autopar.mesh_notes import mesh_notes
 from autopar.plan import Plan, Prediction, StagePlan, stage_records
 from autopar.program import FUNCTION_NAMES, Receive, Send
 from autopar.trace import Traced
@@ -23,9 +25,12 @@ from autopar.weight_notes import weight_notes
 from costmodel.errors import BadArgument
 from costmodel.hardware import Hardware
 from costmodel.memory import optimizer_seconds
+from costmodel.mesh import axis_stride
+from costmodel.replicas import ReplicaAxis, ReplicaTraffic
 from passes.costs import Pricing
 from passes.cut import CutPlan, cut
 from passes.ir import TensorType, is_state, is_trainable, origin, tensor_inputs, tensor_type
+from passes.line import node_cost
 from passes.localize import localize, sharding
 from passes.loss import weigh_loss
 from passes.names import readable_names
@@ -33,6 +38,7 @@ from passes.order import order
 from passes.overrides import Overrides
 from passes.patterns import call_of
 from passes.placement import Copied, Partial, Shard, local_type, notation, parse_notation, type_text
+from passes.replicas import Gathers, StageLoad, held_bytes, replica_axis, step_traffic, with_gathers
 from passes.rules import rule_of
 from passes.schedules import Schedule
 from passes.schedules import schedule as schedule_named
@@ -95,7 +101,8 @@ def make_plan(
     overrides = overrides or Overrides()
     sizes = {**traced.sizes, "B": -(-rows // count)}
     hardware = hardware.for_ranks(math.prod(mesh.values()))
-    pricing = Pricing(hardware, sizes)
+    pricing = Pricing(hardware, sizes, stride=axis_stride(mesh, "tp"))
+    replicas = replica_axis(mesh, hardware, zero)
     graph = weighted.module.graph
     loss = next((node for node in graph.nodes if node.meta.get("loss")), None)
     overrides.check(graph, mesh)
@@ -117,6 +124,10 @@ def make_plan(
         forced=overrides.cuts,
         step_times=StepTimes(row, pp, count, virtual) if num_stages > 1 else None,
     )
+    gathers = [Gathers()] * num_stages
+    if zero == 3:
+        costs, gathers = with_gathers(cuts.costs, local, cuts.stage_of, pricing, mesh, replicas)
+        cuts = replace(cuts, costs=tuple(costs))
     outputs = _outputs(local)
     weight_state = (
         {str(node.target) for node in weighted.weights.graph.nodes if is_state(node)}
@@ -150,12 +161,31 @@ def make_plan(
         backward_seconds=[stage.cost.backward_seconds for stage in plans],
         send_seconds=lambda source, target: plans[min(source, target)].cost.seconds_to(max(source, target)),
     )
-    update = max(
-        float(optimizer_seconds(sum(stage.cost.parameter_count for stage in held_by), hardware)) for held_by in ranks
+    updated = max(sum(stage.cost.parameter_count for stage in held_by) for held_by in ranks)
+    update = float(
+        optimizer_seconds(-(-updated // (replicas.size if zero else 1)), hardware, precision=traced.precision.name)
     )
+    traffic = _replica_traffic(ranks, gathers, local, pricing, mesh, replicas, count)
     predicted = _predict(
-        ranks, timeline.step_seconds + update, timeline.bubble_fraction, count, weighted.module, pricing, hardware, mesh
+        ranks, timeline.step_seconds + update, timeline.bubble_fraction, count, weighted.module, pricing, hardware, mesh, traffic
     )
+
+    def tensor_seconds(other: Hardware) -> float:
+        """Of the busiest rank's tensor-parallel traffic in a step on another machine."""
+        elsewhere = Pricing(other, sizes, stride=pricing.stride)
+        by_rank = [0.0] * pp
+        for node, stage in cuts.stage_of.items():
+            if node.meta.get("reshard"):
+                by_rank[stage_ranks[stage]] += node_cost(node, elsewhere, mesh, set()).collective_seconds
+        return count * max(by_rank)
+
+    def replica_seconds(other: Hardware) -> float:
+        axis, elsewhere = replica_axis(mesh, other, zero), gathers
+        if zero == 3:
+            elsewhere = with_gathers(cuts.costs, local, cuts.stage_of, pricing, mesh, axis)[1]
+        return _replica_traffic(ranks, elsewhere, local, pricing, mesh, axis, count).seconds
+
+    placed = mesh_notes(mesh, hardware, {"tp": tensor_seconds, "dp": replica_seconds})
     return with_memory(Plan(
         model=model_name, fingerprint=fingerprint(traced),
         num_parameters=sum(t.numel() for name, t in traced.state.items() if isinstance(t, torch.nn.Parameter)),
@@ -163,12 +193,20 @@ def make_plan(
         stages=plans, instructions=instructions, parameter_notation=parameter_notation,
         aliases={alias: name for name, others in traced.aliases.items() for alias in others},
         collectives=_collectives(local), predicted=predicted,
-        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes, *filter(None, [traced.precision.note])), exact,
+        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes, *filter(None, [traced.precision.note]), *placed), exact,
             tied_bytes, stage_ranks, hardware, parameter_notation, mesh)),
         tied_exact=exact, gradient_edges=tuple(gradient_edges), virtual_stages=virtual, stage_ranks=stage_ranks, zero=zero,
         loss_weight_records=graph_to_json(weighted.weights.graph) if weighted.weights is not None else None,
         precision=traced.precision.name,
     ), pricing, recompute)  # fmt: skip
+
+
+def _replica_traffic(
+    ranks: Sequence[Sequence[StagePlan]], gathers: Sequence[Gathers], local: fx.GraphModule, pricing: Pricing, mesh: Mapping[str, int],
+    replicas: ReplicaAxis, microbatches: int,
+) -> ReplicaTraffic:  # fmt: skip
+    loads = [[StageLoad(stage.parameters, stage.cost, gathers[stage.index]) for stage in held_by] for held_by in ranks]
+    return step_traffic(loads, held_bytes(local, pricing, mesh), replicas, microbatches=microbatches)
 
 
 def _in_flight(row: Schedule, rank: int, num_ranks: int, count: int, virtual_stages: int) -> int:
@@ -314,8 +352,10 @@ def _collectives(module: fx.GraphModule) -> dict[str, str]:
 
 def _predict(
     ranks: Sequence[Sequence[StagePlan]], seconds: float, bubble: float, microbatches: int, module: fx.GraphModule, pricing: Pricing,
-    hardware: Hardware, mesh: Mapping[str, int],
+    hardware: Hardware, mesh: Mapping[str, int], replicas: ReplicaTraffic,
 ) -> Prediction:  # fmt: skip
+    """`seconds`: of a step without the tail of what replicas exchange."""
+    seconds += replicas.tail_seconds
     flops, dtype = 0.0, "f32"
     for node in module.graph.nodes:
         if is_call(node) and is_trainable(node):
@@ -335,9 +375,10 @@ def _predict(
         seconds,
         peak,
         bubble,
-        communication,
+        communication + replicas.seconds,
         rate / 1e12,
         rate / hardware.peak_flops.get(dtype, hardware.peak_flops["f32"]),
+        replicas=replicas if replicas.seconds else None,
     )
 
 

@@ -48,6 +48,7 @@ class Pricing:
     hardware: Hardware
     sizes: Mapping[str, int]
     product_dtype: str | None = None  # what products with weights run in, where not in their values' dtype (fp8)
+    stride: int = 1  # ranks from one rank of the axis that values are split over to the next
     _numbers: dict[Size, int] = field(default_factory=dict, compare=False, repr=False)
 
     def number(self, size: Size) -> int:
@@ -102,8 +103,8 @@ class Pricing:
         )
 
     def link(self, axis_size: int) -> Link:
-        """The links that the fastest mesh axis uses if it has this size."""
-        return self.hardware.axis_link(axis_size)  # type: ignore[return-value]
+        """The links that the axis which values are split over uses if it has this size."""
+        return self.hardware.axis_link(axis_size, self.stride)  # type: ignore[return-value]
 
     def reshard_seconds(
         self, value: TensorType, have: Placement, want: Placement, axis_size: int, trainable: bool, regroup: bool = True

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +24,7 @@ from torch import fx
 from costmodel.collectives import send_seconds
 from costmodel.errors import BadArgument, TooManyStages
 from costmodel.memory import PeakMemory, state_bytes
+from costmodel.mesh import nodes_spanned
 from passes.costs import Pricing
 from passes.cut_objective import InFlight, Objective
 from passes.ir import is_state, origin
@@ -144,7 +144,9 @@ class _Search:
     bottleneck: float = field(init=False)  # the least possible maximum of the stages' seconds
 
     def __post_init__(self) -> None:
-        costs = self.line.costs
+        costs, hardware = self.line.costs, self.pricing.hardware
+        mesh = {"pp": self.num_stages, **self.axis_sizes}
+        self._link = hardware.inside if nodes_spanned(mesh, "pp", hardware.devices_per_node) == 1 else hardware.across
         times = self._at_points([cost.forward_seconds + cost.backward_seconds for cost in costs])
         self.sends = torch.tensor([self._send_seconds(k) for k in range(len(self.points))], dtype=torch.float64)
         ordered = torch.ones(len(self.points), len(self.points), dtype=torch.bool).triu(1)
@@ -155,7 +157,7 @@ class _Search:
         # counted at the first use of each parameter; a tied parameter's second copy is little beside the rest
         first = [sum(numel for numel, previous in uses if previous < 0) for uses in self.line.first_use]
         state = self._at_points([float(state_bytes(numel).total) for numel in first])
-        capacity = float(self.pricing.hardware.memory_bytes)
+        capacity = float(hardware.memory_bytes)
         self.tables = []
         for stage in range(self.num_stages):
             saved = (kept.unsqueeze(0) - kept.unsqueeze(1)) * self.in_flight(stage, self.num_stages)
@@ -174,9 +176,7 @@ class _Search:
     def _send_seconds(self, index: int) -> float:
         if index == len(self.points) - 1:
             return 0.0
-        place, hardware = self.points[index], self.pricing.hardware
-        num_ranks = math.prod({"pp": self.num_stages, **self.axis_sizes}.values())
-        link = hardware.inside if num_ranks <= hardware.devices_per_node else hardware.across
+        place, link = self.points[index], self._link
         messages = max(self.line.num_crossing[place] - 1, 0) * link.latency_seconds  # each further value is one more
         return 2 * (
             float(send_seconds(num_bytes=self.line.crossing[place], link=link)) + messages

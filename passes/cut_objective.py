@@ -25,6 +25,7 @@ from torch import fx
 from costmodel.collectives import send_seconds
 from costmodel.hardware import Hardware
 from costmodel.memory import state_bytes
+from costmodel.mesh import axis_groups
 from passes.ir import tensor_type
 from passes.line import Line, running_sums
 from passes.localize import sharding
@@ -226,16 +227,18 @@ def _links(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[stages, stages]: seconds of latency, and per byte, of a transfer between two stages; 0 within a rank.
 
-    The pipeline is the outermost axis, so a stage's ranks are next to each other and the job fills node after node.
+    Of the slowest pair of ranks: all of a stage's send at once. In a mesh without pp it is the outermost axis.
     """
-    width = math.prod(size for axis, size in axis_sizes.items() if axis != "pp")
-    node = [rank * width // hardware.devices_per_node for rank in stage_ranks]
+    num_ranks = max(stage_ranks) + 1
+    groups = axis_groups({"pp": num_ranks, **axis_sizes} if "pp" not in axis_sizes else {**axis_sizes, "pp": num_ranks}, "pp")
+    node = torch.tensor([[group[place] // hardware.devices_per_node for group in groups] for place in range(num_ranks)])
+    leaves = (node.unsqueeze(1) != node.unsqueeze(0)).any(2).tolist()
     size = len(stage_ranks)
     latency, per_byte = torch.zeros(2, size, size, dtype=torch.float64)
     for one in range(size):
         for other in range(size):
             if stage_ranks[one] != stage_ranks[other]:
-                link = hardware.inside if node[one] == node[other] else hardware.across
+                link = hardware.across if leaves[stage_ranks[one]][stage_ranks[other]] else hardware.inside
                 latency[one, other] = float(send_seconds(num_bytes=0, link=link))
                 per_byte[one, other] = float(send_seconds(num_bytes=1, link=link)) - latency[one, other]
     return latency, per_byte

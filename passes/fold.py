@@ -98,6 +98,14 @@ def fold(module: fx.GraphModule) -> Folded:
     return _folded(module, line, runs)
 
 
+def block_starts(module: fx.GraphModule) -> list[fx.Node]:
+    """The calls that blocks of runs, and what lies between runs, begin with, in order: the units of the whole model."""
+    parametric = computed_once(module.graph)
+    line = [node for node in calls(module.graph) if node in parametric]
+    starts = {0} | {place for run in _runs(line) for place in (*range(run.start, run.end, run.period), run.end)}
+    return [line[place] for place in sorted(starts) if place < len(line)]
+
+
 # ---- finding runs -----------------------------------------------------------------------------------------------------
 
 

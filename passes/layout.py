@@ -31,6 +31,7 @@ class Layout:
     `overlap`: axes whose traffic runs beside compute where it can. `blocks`: how many of the model's blocks each stage takes, in order
     (the units between runs of blocks count as one each); None: the most even cut. `offload`: kept activations wait in host memory.
     `split_sends`: tensor-parallel ranks each send their part of a value that all of them hold, and gather it on arrival.
+    `sums_each_microbatch`: ZeRO 3 sums gradients after each microbatch's backward, as FSDP does, not once a step as autopar's programs do.
     """
 
     tp: int = 1
@@ -52,6 +53,7 @@ class Layout:
     blocks: tuple[int, ...] | None = None
     offload: bool = False
     split_sends: bool = False
+    sums_each_microbatch: bool = False
 
     def __post_init__(self) -> None:
         for name in (*AXES, "virtual_stages", "microbatch_rows", "microbatches"):

@@ -7,7 +7,7 @@ is sums of a few numbers (`predict`), so that ordering a space costs what its di
 The step, from the last rank to stop:
 
     microbatches x (forward + backward of the busiest rank) + the schedule's idle time     `_pipeline_seconds`
-  + gradient sums and parameter gathers that compute does not hide                         `_data_seconds`
+  + gradient sums and parameter gathers that compute does not hide                         `costmodel.replicas`
   + the optimizer's memory traffic                                                         `costmodel.memory.optimizer_seconds`
 
 `exact=True` plays the schedule's instructions with every stage's own times (`passes.step_time`, what the cut pass minimises and plans
@@ -33,6 +33,7 @@ from costmodel.collectives import send_seconds
 from costmodel.hardware import AxisLink, Hardware
 from costmodel.machine import UNCERTAINTY
 from costmodel.memory import STATE_PRECISIONS, optimizer_seconds
+from costmodel.replicas import RankLoad, ReplicaAxis, ReplicaTraffic, beside, gathered_seconds, replica_traffic
 from passes.costs import Pricing
 from passes.fold import Folded, fold
 from passes.ir import DTYPE_NAMES, is_state, is_trainable, tensor_inputs, tensor_type
@@ -49,7 +50,6 @@ from passes.shard import shard
 from passes.step_time import StepTimes
 from passes.values import is_call
 
-BUCKET_BYTES = 40e6  # of gradients that are summed while the next ones are made: what is left over after the last backward
 # The dtype whose peak rate a layout is measured against, by precision; for others that of most parameters.
 _PEAK_DTYPES = {"bf16": "bf16", "bf16-mixed": "bf16", "fp16": "f16", "fp16-mixed": "f16", "fp8": "fp8", "tf32": "tf32"}
 
@@ -98,6 +98,7 @@ class _Stages:
     tensor_exposed: float
     context: float
     context_exposed: float
+    loads: tuple[RankLoad, ...]  # of the ranks, as their replicas see them
 
 
 class Evaluator:
@@ -196,6 +197,7 @@ class Evaluator:
             *_graph_key(layout.tp, layout.sequence_parallel), layout.cp, layout.microbatch_rows, layout.recompute, layout.replay_all,
             layout.pp, layout.virtual_stages, layout.schedule, layout.blocks, layout.overlap, layout.zero == 3,
             layout.dp if layout.zero == 3 else 0, layout.precision, layout.microbatches > 1, layout.gradient_bytes,
+            layout.sums_each_microbatch,
         )  # fmt: skip
         if key not in self._stages:
             self._stages[key] = self._cut(layout)
@@ -203,10 +205,11 @@ class Evaluator:
 
     def _cut(self, layout: Layout) -> _Stages:
         units = self.units(layout)
-        times = [self._unit_seconds(unit, layout) for unit in units]
+        shared = self._shared[_graph_key(layout.tp, layout.sequence_parallel)]
+        tied = [sum(each.numel for each in shared if k in each.units) for k in range(len(units))]
+        times = [self._unit_seconds(unit, numel, layout) for unit, numel in zip(units, tied, strict=True)]
         whole = [sum(each[:2]) for each in times]
         blocks = layout.blocks or even_cut([whole[unit] for unit in expanded(units)], layout.num_stages)
-        shared = self._shared[_graph_key(layout.tp, layout.sequence_parallel)]
         stages = stage_sums(units, shared, blocks)
         row = schedule_named(layout.schedule)
         stage_ranks = row.stage_ranks(layout.pp, layout.virtual_stages)
@@ -214,14 +217,15 @@ class Evaluator:
         for stage in stages:
             if stage.block_counts not in alike:
                 alike[stage.block_counts] = tuple(
-                    sum(times[unit][part] * count for unit, count in stage.block_counts) for part in range(5)
+                    sum(times[unit][part] * count for unit, count in stage.block_counts) for part in range(7)
                 )
         by_part = zip(*(alike[stage.block_counts] for stage in stages), strict=True)
-        forward, backward, weight, tensor_exposed, context_exposed = map(list, by_part)
+        forward, backward, weight, tensor_exposed, context_exposed, gathers, waits = map(list, by_part)
         for k, stage in enumerate(stages):
             added = self._accumulate_seconds(stage.parameters, layout)
             backward[k], weight[k] = backward[k] + added, weight[k] + added
-        ranks = []
+        ranks, loads = [], []
+        gradient, parameter = _gradient_bytes(layout), STATE_PRECISIONS[layout.precision].parameter_bytes
         owned: list[list[int]] = [[] for _ in range(layout.pp)]
         for k, owner in enumerate(stage_ranks):
             owned[owner].append(k)
@@ -232,6 +236,11 @@ class Evaluator:
                     sum(stages[k].replay_seconds for k in held), sum(stages[k].parameters for k in held),
                 )
             )  # fmt: skip
+            rank = ranks[-1]
+            gathered, waited = (sum(listed[k] for k in held) for listed in (gathers, waits))
+            loads.append(
+                RankLoad(rank.parameters * gradient, rank.parameters * parameter, rank.forward, rank.backward, gathered, waited)
+            )
         busiest = max(range(layout.pp), key=lambda rank: ranks[rank].forward + ranks[rank].backward)
         mine = [k for k, owner in enumerate(stage_ranks) if owner == busiest]
         return _Stages(
@@ -241,70 +250,58 @@ class Evaluator:
             sum(tensor_exposed[k] for k in mine),
             sum(stages[k].forward_context_seconds + stages[k].backward_context_seconds + stages[k].replay_context_seconds for k in mine),
             sum(context_exposed[k] for k in mine),
+            tuple(loads),
         )  # fmt: skip
 
-    def _unit_seconds(self, unit: UnitCost, layout: Layout) -> tuple[float, float, float, float, float]:
-        """(forward, backward with replays, weight gradients of it, exposed tensor-parallel, exposed context-parallel) seconds."""
+    def _unit_seconds(self, unit: UnitCost, tied: int, layout: Layout) -> tuple[float, ...]:
+        """(forward, backward with replays, weight gradients of it, exposed tensor-parallel, exposed context-parallel, ZeRO 3's traffic,
+        what of it is exposed) seconds of a unit that uses `tied` parameters which others use too.
+        """
         phases = (
             (unit.forward_seconds, unit.forward_tensor_seconds, unit.forward_context_seconds),
             (unit.backward_seconds, unit.backward_tensor_seconds, unit.backward_context_seconds),
             (unit.replay_seconds, unit.replay_tensor_seconds, unit.replay_context_seconds),
         )
         seconds, tensor_exposed, context_exposed = [], 0.0, 0.0
+        slowdown = self.hardware.kernels.overlap_slowdown
         for compute, tensor, context in phases:
-            total, exposed = self._beside(compute, tensor, "tp" in layout.overlap, tensor / layout.tp)
+            total, exposed = beside(compute, tensor, overlaps="tp" in layout.overlap, slowdown=slowdown, first=tensor / layout.tp)
             tensor_exposed += exposed
-            total, exposed = self._beside(total, context, "cp" in layout.overlap, context / layout.cp)
+            total, exposed = beside(total, context, overlaps="cp" in layout.overlap, slowdown=slowdown, first=context / layout.cp)
             context_exposed += exposed
             seconds.append(total)
+        forward, backward, gathers = seconds[0], seconds[1] + seconds[2], 0.0
         if layout.zero == 3 and layout.dp * layout.cp > 1:
-            gather, scatter = self._shard_seconds(unit.parameters, layout)
-            hidden = "dp" in layout.overlap
-            seconds[0], _ = self._beside(seconds[0], gather, hidden, 0.0)
-            back, _ = self._beside(seconds[1] + seconds[2], gather + scatter, hidden, 0.0)
-            seconds[1] = back - seconds[2]
-        return seconds[0], seconds[1] + seconds[2], unit.weight_seconds, tensor_exposed, context_exposed
+            row, numel = STATE_PRECISIONS[layout.precision], unit.parameters + tied
+            forward, backward, gathers = gathered_seconds(
+                forward, backward, parameter_bytes=numel * row.parameter_bytes, gradient_bytes=numel * row.gradient_bytes,
+                axis=self._replicas(layout),
+            )  # fmt: skip
+        waits = forward + backward - sum(seconds)
+        return forward, backward, unit.weight_seconds, tensor_exposed, context_exposed, gathers, waits
 
     def _accumulate_seconds(self, numel: int, layout: Layout) -> float:
-        """Of adding a microbatch's gradients of `numel` parameters to the step's sum: read both, write one. Under ZeRO 2 and 3 only a
-        shard's.
+        """Of adding a microbatch's gradients of `numel` parameters to the step's sum: read both, write one. Under ZeRO 3 only a
+        shard's, where replicas sum in each microbatch.
         """
         if layout.microbatches == 1:
             return 0.0
         row = STATE_PRECISIONS[layout.precision]
         each = _gradient_bytes(layout)
-        count = self._replicas(layout)[0] if layout.zero > 1 else 1
+        count = layout.dp * layout.cp if layout.zero == 3 and layout.sums_each_microbatch else 1
         rate = self.hardware.memory_bandwidth_bytes_per_second * self.hardware.memory_efficiency
         return numel / count * (row.parameter_bytes + 2 * each) / rate
-
-    def _beside(self, compute: float, traffic: float, overlaps: bool, first: float) -> tuple[float, float]:
-        """(seconds of compute with traffic beside or after it, what of the traffic is exposed). `first`: seconds nothing can hide."""
-        if not traffic:
-            return compute, 0.0
-        if not overlaps:
-            return compute + traffic, traffic
-        hidden = min(traffic - first, compute)
-        slowed = compute + hidden * (self.hardware.kernels.overlap_slowdown - 1)
-        total = max(slowed, traffic - first) + first
-        return total, total - compute
 
     def _link(self, layout: Layout, axis: str, size: int | None = None) -> AxisLink:
         return self.hardware.axis_link(size or getattr(layout, axis), layout.stride(axis))
 
-    def _replicas(self, layout: Layout) -> tuple[int, AxisLink]:
-        """How many ranks hold the same parameters (dp and cp), and their links."""
+    def _replicas(self, layout: Layout) -> ReplicaAxis:
+        """The ranks that hold the same parameters (dp and cp)."""
         count = layout.dp * layout.cp
-        return count, self.hardware.axis_link(count, layout.tp)
-
-    def _shard_seconds(self, numel: int, layout: Layout) -> tuple[float, float]:
-        """(all_gather of parameters, reduce_scatter of gradients) of a layer under ZeRO 3."""
-        count, link = self._replicas(layout)
-        row = STATE_PRECISIONS[layout.precision]
-        gradient = row.gradient_bytes
-        return (
-            collective_seconds("all_gather", num_bytes=numel * row.parameter_bytes, axis_size=count, link=link),
-            collective_seconds("reduce_scatter", num_bytes=numel * gradient, axis_size=count, link=link),
-        )
+        return ReplicaAxis(
+            count, self.hardware.axis_link(count, layout.tp), layout.zero, "dp" in layout.overlap, self.hardware.kernels.overlap_slowdown,
+            layout.sums_each_microbatch,
+        )  # fmt: skip
 
     # ---- one layout ---------------------------------------------------------------------------------------------------
 
@@ -318,20 +315,20 @@ class Evaluator:
         send = self._send_seconds(layout, cut)
         pipeline = self._pipeline_seconds(layout, cut, row, send, exact)
         busy = layout.microbatches * max(rank.forward + rank.backward for rank in cut.ranks)
-        traffic, exposed = self._data_seconds(layout, cut)
+        replicas = self._replica_traffic(layout, cut)
         update = self._optimizer_seconds(layout, cut)
-        step = pipeline + exposed + update
+        step = pipeline + replicas.tail_seconds + update
         sends = 2 * layout.microbatches * send * layout.virtual_stages if layout.pp > 1 else 0.0
         idle = pipeline - layout.microbatches * sum(rank.forward + rank.backward for rank in cut.ranks) / len(cut.ranks)
         rows = layout.global_rows
         return LayoutPrediction(
             layout, step, self._memory(layout, cut), float(self.hardware.memory_bytes), max(idle, 0.0) / step if step else 0.0,
             {
-                "tp": layout.microbatches * cut.tensor, "cp": layout.microbatches * cut.context, "dp": traffic, "pp": sends,
+                "tp": layout.microbatches * cut.tensor, "cp": layout.microbatches * cut.context, "dp": replicas.seconds, "pp": sends,
             },
             {
-                "tp": layout.microbatches * cut.tensor_exposed, "cp": layout.microbatches * cut.context_exposed, "dp": exposed,
-                "pp": max(pipeline - busy, 0.0) if layout.pp > 1 else 0.0,
+                "tp": layout.microbatches * cut.tensor_exposed, "cp": layout.microbatches * cut.context_exposed,
+                "dp": replicas.exposed_seconds, "pp": max(pipeline - busy, 0.0) if layout.pp > 1 else 0.0,
             },
             update, layout.microbatches * max(rank.replay for rank in cut.ranks),
             self.model_flops(layout.microbatch_rows) * rows / layout.microbatch_rows,
@@ -388,40 +385,13 @@ class Evaluator:
         waits = max(send * layout.virtual_stages - slack, 0.0)
         return layout.microbatches * (loads[most] + waits) + max(idle, 0.0) + 2 * (layout.pp - 1) * send
 
-    def _data_seconds(self, layout: Layout, cut: _Stages) -> tuple[float, float]:
-        """(traffic of the fullest rank a step, what of it the step waits for): gradient sums, and gathers of updated parameters."""
-        count, link = self._replicas(layout)
-        row = STATE_PRECISIONS[layout.precision]
-        each = _gradient_bytes(layout)
-        if count == 1:
-            return 0.0, 0.0
-        if layout.zero == 3:
-            gather, scatter = self._shard_seconds(max(rank.parameters for rank in cut.ranks), layout)
-            return layout.microbatches * (2 * gather + scatter), 0.0  # exposed with the units: `_unit_seconds`
-        traffic, exposed = 0.0, 0.0
-        later = 0.0  # how much longer the ranks before this one run
-        known: dict[int, tuple[float, float]] = {}  # (sums, gathers) of so many parameters
-        for rank in cut.ranks:
-            if rank.parameters not in known:
-                kind = "all_reduce" if layout.zero == 0 else "reduce_scatter"
-                known[rank.parameters] = (
-                    collective_seconds(kind, num_bytes=rank.parameters * each, axis_size=count, link=link),
-                    collective_seconds("all_gather", num_bytes=rank.parameters * row.parameter_bytes, axis_size=count, link=link)
-                    if layout.zero else 0.0,
-                )  # fmt: skip
-            sums, gathers = known[rank.parameters]
-            left = sums + gathers
-            if "dp" in layout.overlap:
-                bucket = min(1.0, BUCKET_BYTES / max(rank.parameters * each, 1))
-                left = max(sums * bucket, sums - rank.backward) + max(gathers * bucket, gathers - rank.forward)
-                slowed = self.hardware.kernels.overlap_slowdown - 1
-                left += slowed * (min(sums, rank.backward) + min(gathers, rank.forward))
-            traffic, exposed = max(traffic, sums + gathers), max(exposed, left - later)
-            later += rank.backward / layout.virtual_stages
-        return traffic, exposed
+    def _replica_traffic(self, layout: Layout, cut: _Stages) -> ReplicaTraffic:
+        return replica_traffic(
+            cut.loads, self._replicas(layout), microbatches=layout.microbatches, virtual_stages=layout.virtual_stages
+        )
 
     def _optimizer_seconds(self, layout: Layout, cut: _Stages) -> float:
-        count = self._replicas(layout)[0] if layout.zero else 1
+        count = layout.dp * layout.cp if layout.zero else 1
         numel = -(-max(rank.parameters for rank in cut.ranks) // count)
         return float(
             optimizer_seconds(

@@ -143,7 +143,7 @@ def layout_of(record: Record, folded: Folded) -> Layout:
         zero=zero, recompute=RECOMPUTES.get(str(record.get("recompute")), "none"), replay_all=not sharded,
         sequence_parallel=bool(record.get("sequence_parallel")), precision=precision, overlap=frozenset(overlap),
         blocks=blocks_of(folded, record["layers"], pp * virtual if pp > 1 else 1), offload=bool(record.get("activation_cpu_offload")),
-        split_sends=tp > 1,
+        split_sends=tp > 1, sums_each_microbatch=True,
     )  # fmt: skip
 
 

@@ -259,6 +259,24 @@ def test_elementwise_optimizers_update_shards(options: dict[str, Any]) -> None:
     par.close()
 
 
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_fused_optimizers_train_shards_to_the_same_model(zero: int) -> None:
+    """Their kernels change parameters without counting it in the tensors' versions."""
+    batches = batches_of("mixed", 3)
+    alone = built("mixed")
+    expected = torch.optim.AdamW(alone.parameters(), lr=1e-2, eps=1e-4)
+    par = autopar.parallelize(built("mixed"), batches[0], dp=2, zero=zero)
+    optimizer = torch.optim.AdamW(par.parameters(), lr=1e-2, eps=1e-4, fused=True)
+    for batch in batches:
+        loss = model_loss(alone, batch)
+        loss.backward()
+        torch.testing.assert_close(par.step(**batch), loss.detach(), rtol=1e-5, atol=0.0)
+        for each in (expected, optimizer):
+            each.step()
+            each.zero_grad()
+    par.close()
+
+
 class Layerwise(torch.optim.Optimizer):
     """Scales each update by the parameter's norm, as LARS and LAMB do."""
 

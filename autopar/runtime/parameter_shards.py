@@ -5,7 +5,8 @@ each replica holds ceil(n / replicas) elements of it whatever its shape. A shard
 size 1, so that optimizer groups chosen by `p.ndim` are what they are for whole parameters.
 
 Stages 1 and 2: the whole parameter is there for the programs, and the shard is a view of it, so that an optimizer's update of the shard
-is one of the parameter; what the other replicas updated is gathered before the next forward (`refresh`). Gradients are reduced
+is one of the parameter; what the other replicas updated is gathered before the next forward (`refresh`): after an optimizer's step on
+any shard, and after other changes in place, which a tensor's version counts (fused optimizers do not count theirs). Gradients are reduced
 into the shards (`replicas.py`), and whole ones are let go as soon as they have been sent, in stage 1 as in stage 2: a step of several
 microbatches holds whole gradients until its last one has added to them.
 
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autopar.runtime.axis import Axis
@@ -45,7 +46,7 @@ class ParameterShards:
         self.replicas, self.coord, self.stage, self.gathers = replicas, coord, stage, stage >= 3
         self.whole = {name: each for name, each in parameters.items() if each.requires_grad or self.gathers}
         self.of = {name: self._shard(parameter) for name, parameter in self.whole.items()}
-        self._seen = self._versions()
+        self._seen, self._stepped = self._versions(), False
 
     def _shard(self, parameter: nn.Parameter) -> nn.Parameter:
         begin, end = part_of(parameter.numel(), self.replicas, self.coord)
@@ -54,13 +55,17 @@ class ParameterShards:
             flat = flat.clone()
             parameter.data = parameter.new_zeros(()).expand(parameter.shape)
         shard = nn.Parameter(flat.view(-1, *[1] * (parameter.ndim - 1)), requires_grad=parameter.requires_grad)
-        _SHARDS[shard] = True
+        _SHARDS[shard] = weakref.ref(self)
         return shard
 
     @property
     def on_meta(self) -> bool:
         """True while the parameters have no values."""
         return any(shard.is_meta for shard in self.of.values())
+
+    def stepped(self) -> None:
+        """An optimizer has made a step on these shards."""
+        self._stepped = True
 
     def _versions(self) -> list[int]:
         return [shard._version for shard in self.of.values()]
@@ -70,7 +75,7 @@ class ParameterShards:
         """Give all replicas what each has changed of its shards since the last time. All take part, or none."""
         if self.gathers:
             return
-        changed = torch.tensor(float(self._versions() != self._seen), device=axis_device(self.of))
+        changed = torch.tensor(float(self._stepped or self._versions() != self._seen), device=axis_device(self.of))
         if not axis.all_reduce(changed, "max").item():
             return
         for names in buckets_of(self.whole, self.whole, BUCKET_BYTES):
@@ -84,7 +89,7 @@ class ParameterShards:
                     for piece, name in zip(row.split(parts), names, strict=True):
                         begin, end = part_of(self.whole[name].numel(), self.replicas, coord)
                         self.whole[name].detach().view(-1)[begin:end].copy_(piece[: end - begin])
-        self._seen = self._versions()
+        self._seen, self._stepped = self._versions(), False
 
     @torch.no_grad()
     def gathered(self, names: Sequence[str], axis: Axis) -> dict[str, torch.Tensor]:
@@ -129,7 +134,7 @@ def joined(shards: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor
 
 # ---- optimizers ---------------------------------------------------------------------------------------------------
 
-_SHARDS = WeakTensorKeyDictionary()
+_SHARDS = WeakTensorKeyDictionary()  # of each shard: a weak reference to its ParameterShards
 _TRIED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
@@ -145,6 +150,14 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -
                 use="zero=0, or an optimizer that treats every element by itself (SGD, Adam, AdamW, ...)",
             )  # fmt: skip
     _TRIED.add(optimizer)
+
+
+def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Tell the shards that an optimizer has updated."""
+    owners = [_SHARDS.get(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    for owner in {id(each): each for each in owners if each is not None}.values():
+        if (shards := owner()) is not None:
+            shards.stepped()
 
 
 def _not_elementwise(optimizer: torch.optim.Optimizer) -> str | None:
@@ -184,3 +197,4 @@ def _like(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> t
 
 
 register_optimizer_step_pre_hook(_check_optimizer)
+register_optimizer_step_post_hook(_note_step)

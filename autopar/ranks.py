@@ -22,6 +22,7 @@ from autopar.runtime.axis import Axis, TransferFailed
 from autopar.runtime.board import padded
 from autopar.runtime.compiled import Compile
 from autopar.runtime.held_gradients import HeldGradients
+from autopar.runtime.optimizers import register_piece
 from autopar.runtime.outputs import join
 from autopar.runtime.parameter_shards import ParameterShards, joined
 from autopar.runtime.record import RankRecord
@@ -130,6 +131,17 @@ def _shards_of(plan: Plan, rank: int, parameters: Mapping[str, nn.Parameter]) ->
     if not plan.zero or "dp" not in plan.mesh:
         return None
     return ParameterShards(parameters, plan.mesh["dp"], plan.coords(rank)["dp"], plan.zero)
+
+
+def _handed_out(
+    plan: Plan, parameters: Mapping[str, nn.Parameter], shards: ParameterShards | None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """What an optimizer updates: a rank's parameters, or its shards of them."""
+    for name, parameter in {**parameters, **(shards.of if shards is not None else {})}.items():
+        text = plan.parameter_notation.get(name)
+        if text is not None and any(isinstance(p, Shard) for p in parse_notation(text, plan.mesh)[1].values()):
+            register_piece(parameter, name)
+        yield name, parameter
 
 
 def _assign(target: torch.Tensor, value: torch.Tensor, name: str, shards: ParameterShards | None) -> torch.Tensor:
@@ -258,8 +270,7 @@ class ThreadedRanks:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         alone = self.plan.num_ranks == 1
         for rank, parameters in enumerate(self.parameters_of):
-            shards = self.shards_of[rank]
-            for name, parameter in {**parameters, **(shards.of if shards is not None else {})}.items():
+            for name, parameter in _handed_out(self.plan, parameters, self.shards_of[rank]):
                 yield (name if alone else f"rank {rank}: {name}"), parameter
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
@@ -447,7 +458,7 @@ class ProcessRank:
         self._training = mode
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from {**self.parameters, **(self.shards.of if self.shards is not None else {})}.items()
+        return _handed_out(self.plan, self.parameters, self.shards)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
         self.held.check_summed("clip_grad_norm_")

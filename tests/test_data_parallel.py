@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -313,6 +314,21 @@ def test_an_optimizer_that_is_not_elementwise_is_refused_with_shards_alone(make:
     alone = built("mixed")
     model_loss(alone, batch).backward()
     make([alone.head.weight]).step(*([lambda: 0.0] if isinstance(optimizer, torch.optim.LBFGS) else []))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_an_optimizer_that_is_not_elementwise_warns_where_tp_splits(kind: Any) -> None:
+    batch = batches_of("gpt", 1)[0]
+    par = autopar.parallelize(built("gpt"), batch, tp=2)
+    optimizer = kind(par.parameters())
+    par.step(**batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+        optimizer.step()
+    said = [str(each.message) for each in caught if "by itself" in str(each.message)]
+    assert len(said) == (kind is torch.optim.Adafactor)
+    par.close()
 
 
 class Normed(nn.Module):

@@ -13,28 +13,21 @@ microbatches holds whole gradients until its last one has added to them.
 Stage 3: the shard is all that there is between uses. The parameter stays as the leaf that gradients are added to, a view of one element in
 its shape; its value is gathered where programs ask for it (`gathered.py`). Frozen parameters are shared out as well.
 
-An optimizer may update such shards only if it treats every element by itself. That is tried out, not looked up by name, at its
-first step: an optimizer of the same class and options has to change two halves of a matrix as it changes the matrix.
+Which optimizers may update them: `optimizers.py`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import weakref
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from autopar.runtime.axis import Axis
 from autopar.runtime.buckets import BUCKET_BYTES, buckets_of, part_of, part_size
-from costmodel.errors import BadArgument
+from autopar.runtime.optimizers import register_shard
 
 
 class ParameterShards:
@@ -55,7 +48,7 @@ class ParameterShards:
             flat = flat.clone()
             parameter.data = parameter.new_zeros(()).expand(parameter.shape)
         shard = nn.Parameter(flat.view(-1, *[1] * (parameter.ndim - 1)), requires_grad=parameter.requires_grad)
-        _SHARDS[shard] = weakref.ref(self)
+        register_shard(shard, self)
         return shard
 
     @property
@@ -130,71 +123,3 @@ def axis_device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
 def joined(shards: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
     """The whole from all replicas' shards (or their gradients), in the order of replicas."""
     return torch.cat([shard.detach().reshape(-1) for shard in shards])[: math.prod(shape)].view(tuple(shape))
-
-
-# ---- optimizers ---------------------------------------------------------------------------------------------------
-
-_SHARDS = WeakTensorKeyDictionary()  # of each shard: a weak reference to its ParameterShards
-_TRIED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """BadArgument for an optimizer of shards that is not element-wise."""
-    if optimizer in _TRIED:
-        return
-    if any(parameter in _SHARDS for group in optimizer.param_groups for parameter in group["params"]):
-        reason = _not_elementwise(optimizer)
-        if reason is not None:
-            raise BadArgument(
-                f"{type(optimizer).__name__} cannot update shards of parameters", why=reason,
-                use="zero=0, or an optimizer that treats every element by itself (SGD, Adam, AdamW, ...)",
-            )  # fmt: skip
-    _TRIED.add(optimizer)
-
-
-def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Tell the shards that an optimizer has updated."""
-    owners = [_SHARDS.get(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    for owner in {id(each): each for each in owners if each is not None}.values():
-        if (shards := owner()) is not None:
-            shards.stepped()
-
-
-def _not_elementwise(optimizer: torch.optim.Optimizer) -> str | None:
-    """Why an optimizer of this class and these options cannot be given parts of parameters; None if it can."""
-    device = next(parameter.device for group in optimizer.param_groups for parameter in group["params"] if parameter in _SHARDS)
-    values, gradients = _numbers(1).to(device), _numbers(2).to(device)
-    whole, halves = nn.Parameter(values.clone()), [nn.Parameter(half.clone()) for half in values.chunk(2)]
-    try:
-        pair = [_like(optimizer, [whole]), _like(optimizer, halves)]
-        for _ in range(2):
-            whole.grad = gradients.clone()
-            for half, gradient in zip(halves, gradients.chunk(2), strict=True):
-                half.grad = gradient.clone()
-            for each in pair:
-                type(each).step(each)
-    except Exception as error:  # whatever a class of the user's raises
-        return f"it cannot be tried out on a matrix and its halves ({type(error).__name__}: {error})"
-    if not torch.allclose(whole, torch.cat([half.detach() for half in halves]), rtol=1e-5, atol=1e-7):
-        return "it changes the two halves of a matrix otherwise than the matrix"
-    return None
-
-
-def _numbers(seed: int) -> torch.Tensor:
-    return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
-
-
-def _like(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The same kind with the same options, for other parameters."""
-    made = copy.copy(optimizer)
-    made.__dict__ = {key: value for key, value in optimizer.__dict__.items() if key != "step"}  # a scheduler's wrapper of `optimizer`'s
-    made._optimizer_step_pre_hooks, made._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    made.state = type(optimizer.state)(dict)
-    first = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "param_names")}
-    rate = {"lr": torch.full_like(first["lr"], 0.1) if isinstance(first["lr"], torch.Tensor) else 0.1} if "lr" in first else {}
-    made.param_groups = [{**first, **rate, "params": parameters}]  # a warm-up may begin at a rate of 0
-    return made
-
-
-register_optimizer_step_pre_hook(_check_optimizer)
-register_optimizer_step_post_hook(_note_step)

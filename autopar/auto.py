@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,7 +37,8 @@ def decided(
     model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...] | None, options: Mapping[str, Any], *, gpus: int | None = None,
     loss_fn: Callable[..., torch.Tensor] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`options` of `parallelize` with every "auto" decided: the fastest layout of `gpus` ranks (None: those of this job).
+    """`options` of `parallelize` with every "auto" decided: the fastest layout of `gpus` ranks (None: what the degrees multiply to, or
+    those of this job where a degree is auto).
 
     A number of bytes as `recompute` is the memory of a rank. BadArgument without example inputs; DoesNotFit as `search` raises it.
     """
@@ -44,10 +46,13 @@ def decided(
         asked = ", ".join(name for name in DECISIONS if options.get(name) == AUTO)
         raise BadArgument(f'{asked}="auto" needs example_inputs', why="what is fastest depends on their sizes", use="example_inputs={...}")
     found = dict(options)
+    degrees = [found.get(axis, 1) for axis in ("tp", "pp", "dp")]
+    if gpus is None:
+        gpus = math.prod(degrees) if all(isinstance(degree, int) for degree in degrees) else ranks_here(model)
     limit = found.get("recompute") if isinstance(found.get("recompute"), int) else None
     sequence = found.get("sequence_parallel", False)
     plans = search(
-        model, example_inputs, gpus=gpus or ranks_here(model), hardware=profile_for(found.get("hardware"), model), memory_bytes=limit,
+        model, example_inputs, gpus=gpus, hardware=profile_for(found.get("hardware"), model), memory_bytes=limit,
         tp=found.get("tp", 1), pp=found.get("pp", 1), dp=found.get("dp", 1), microbatches=found.get("microbatches"),
         schedule=found.get("schedule", "1f1b"), virtual_stages=found.get("virtual_stages"),
         recompute=AUTO if limit is not None else found.get("recompute", "none"), zero=found.get("zero", 0), sequence_parallel=sequence,

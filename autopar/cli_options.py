@@ -156,17 +156,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def hardware_of(arguments: argparse.Namespace) -> Hardware | str | None:
-    given = arguments.hardware
-    profile: Hardware | None = None
-    if given is not None:
-        path = Path(given)
-        if path.suffix == ".json" or path.is_file():
-            try:
-                profile = Hardware.from_json(path.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                raise BadArgument(f"cannot read the hardware profile {given}", why=str(error)) from error
-        else:
-            profile = hardware_named(given)
+    profile = None if arguments.hardware is None else hardware_named(arguments.hardware)
     if arguments.nodes is None:
         return profile
     degrees = (arguments.tp, arguments.pp, arguments.dp)

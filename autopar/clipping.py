@@ -16,6 +16,22 @@ import torch
 from costmodel.errors import BadArgument, NonFinite
 
 
+def checked_max_norm(max_norm: float) -> float:
+    """A float. BadArgument for anything else, and for nan."""
+    try:
+        value = float(max_norm)
+    except (TypeError, ValueError):
+        value = math.nan
+    if math.isnan(value):
+        raise BadArgument(f"max_norm = {max_norm!r}", use="a number, or math.inf to leave the gradients as they are")
+    return value
+
+
+def norm_dtype(trained: Iterable[torch.Tensor]) -> torch.dtype:
+    """Of the norm of these parameters' gradients: float64 if any of them is, else float32."""
+    return torch.float64 if any(each.dtype == torch.float64 for each in trained) else torch.float32
+
+
 def checked_norm_type(norm_type: float) -> float:
     """A float above 0, infinity included. BadArgument for anything else."""
     try:
@@ -48,13 +64,14 @@ def combined_parts(parts: Sequence[torch.Tensor], norm_type: float, device: torc
 
 
 def clip_by_part(
-    parameters: Iterable[torch.Tensor], part: torch.Tensor, max_norm: float, norm_type: float, error_if_nonfinite: bool
-) -> torch.Tensor:
-    """Scale the gradients of `parameters` given the whole norm's part; returns the norm, 0-dim float32.
+    parameters: Iterable[torch.Tensor], part: torch.Tensor, max_norm: float, norm_type: float, error_if_nonfinite: bool,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:  # fmt: skip
+    """Scale the gradients of `parameters` given the whole norm's part; returns the norm, 0-dim of `dtype`.
 
     As torch does: by max_norm / (norm + 1e-6), where that is below 1. NonFinite, with no gradient changed, where that is asked for.
     """
-    norm = (part if norm_type == math.inf else part.pow(1.0 / norm_type)).float()
+    norm = (part if norm_type == math.inf else part.pow(1.0 / norm_type)).to(dtype)
     if error_if_nonfinite and not bool(torch.isfinite(norm)):
         raise NonFinite(
             f"the gradients' norm of order {norm_type:g} is {norm.item()}", why="a gradient on some rank is not finite",

@@ -20,6 +20,7 @@ from passes.canonical_rewrite import is_random
 from passes.instructions import Instruction
 from passes.ir import is_state, origin, size_expr, tensor_type
 from passes.localize import sharding
+from passes.loss import SHARE
 from passes.placement import Shard, type_text
 from passes.recompute import segment_inputs, segment_of, segment_results, segments_of
 from passes.serialize import target_name
@@ -209,6 +210,13 @@ def _quoted(values: Mapping[str, str]) -> dict[str, str]:
     return {key: f'"{value}"' for key, value in values.items()}
 
 
+def _wide_shares(graph: fx.Graph) -> dict[str, str]:
+    """The types of the loss shares that are not f32, as those of f64 terms are."""
+    shares = [node for node in graph.nodes if node.op == "placeholder" and node.name.startswith(SHARE)]
+    types = {node.name: type_text(kind, {}) for node in shares if (kind := tensor_type(node)) is not None}
+    return {name: text for name, text in types.items() if text != "f32[]"}
+
+
 def emit_stage(stage: StagePlan, plan: Plan) -> tuple[str, set[str]]:
     """The class of a stage, and the runtime functions it calls."""
     graph = stage.graph_module.graph
@@ -244,6 +252,7 @@ def emit_stage(stage: StagePlan, plan: Plan) -> tuple[str, set[str]]:
             for name, value in stage.sends.items()
         }),
         _dict_lines("OUTPUTS", _quoted(stage.outputs)),
+        _dict_lines("SHARES", _quoted(_wide_shares(graph))),
         [f"    PARTIAL_GRADIENTS = {_tuple_text(stage.partial_gradients)}"] if stage.partial_gradients else [],
         _dict_lines("TIED", {name: repr(stages) for name, stages in stage.tied.items()}),
         [f"    TIED_EXACT = {plan.tied_exact}"] if stage.tied and not plan.tied_exact else [],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,8 @@ def checked_options(
     schedule_named(schedule).checked_virtual_stages(virtual_stages)
     if not isinstance(compile, (bool, str, Mapping)):
         raise BadArgument(f"compile = {compile!r}", use="False, True, a backend's name, or a dict of torch.compile's options")
-    order = tuple(mesh_order)
-    if sorted(order) != sorted(MESH_ORDER):
+    order = tuple(mesh_order) if isinstance(mesh_order, Iterable) else ()
+    if sorted(map(str, order)) != sorted(MESH_ORDER):
         raise BadArgument(f"mesh_order = {mesh_order!r}", use=f"each of {', '.join(MESH_ORDER)} once, the outermost first")
     mesh = mesh_of(pp=pp, dp=dp, tp=tp, order=order)
     return Options(
@@ -113,7 +113,11 @@ def call_arguments(example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple
 def device_for(device: torch.device | str | None, model: nn.Module) -> torch.device:
     """Where ranks compute: the device that is asked for, else the model's, else (for models on meta) the GPU if there is one."""
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadArgument(f"device = {device!r}", why=reason, use='a torch.device, or a name such as "cuda"') from error
     first = next((tensor for tensor in (*model.parameters(), *model.buffers())), None)
     if first is None or not first.is_meta:
         return first.device if first is not None else torch.device("cpu")

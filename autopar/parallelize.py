@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from autopar.auto import decided, is_auto
-from autopar.clipping import checked_norm_type
+from autopar.clipping import checked_max_norm, checked_norm_type
 from autopar.initialize import initialized
 from autopar.metrics import Meter, Metrics, ProgressLine, TensorBoard
 from autopar.options import MESH_ORDER, Options, call_arguments, checked_options, model_name
@@ -191,8 +191,9 @@ class ParallelModel:
 
     def _ranks(self) -> Ranks:
         if self._ranks_made is None:
+            plan = self.plan
             assert self._traced is not None
-            self._ranks_made = self._make_ranks(self.plan, self._traced, None)
+            self._ranks_made = self._make_ranks(plan, self._traced, None)
         return self._ranks_made
 
     def _make_ranks(self, plan: Plan, traced: Traced, like: Ranks | None) -> Ranks:
@@ -425,7 +426,7 @@ class ParallelModel:
         other ranks and stages are left out. norm_type: the order, above 0; math.inf for the largest. A gradient that is not finite, on
         whichever rank, is seen by all: NonFinite if error_if_nonfinite, with no gradient changed.
         """
-        norm = self._ranks().clip_grad_norm_(max_norm, checked_norm_type(norm_type), error_if_nonfinite)
+        norm = self._ranks().clip_grad_norm_(checked_max_norm(max_norm), checked_norm_type(norm_type), error_if_nonfinite)
         self._meter.clipped(norm)
         return norm
 

@@ -120,6 +120,7 @@ class StageModule:
     RECEIVES: ClassVar[Mapping[str, Receive]] = {}
     SENDS: ClassVar[Mapping[str, Send]] = {}
     OUTPUTS: ClassVar[Mapping[str, str]] = {}
+    SHARES: ClassVar[Mapping[str, str]] = {}  # the types of loss shares that are not f32[]
     PARTIAL_GRADIENTS: ClassVar[tuple[str, ...]] = ()
     TIED: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     TIED_EXACT: ClassVar[bool] = True

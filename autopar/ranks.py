@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autopar.clipping import clip_by_part, norm_part, over_axes
+from autopar.clipping import clip_by_part, norm_dtype, norm_part, over_axes
 from autopar.plan import Plan
 from autopar.precision import PRECISIONS
 from autopar.program import load_program
@@ -283,7 +283,8 @@ class ThreadedRanks:
             if parameter.grad is not None and _counts_here(self.plan, self.plan.coords(rank), name)
         ]
         part = norm_part(counted, norm_type, self.device)
-        return clip_by_part((p for _, p in self.named_parameters()), part, max_norm, norm_type, error_if_nonfinite)
+        dtype = norm_dtype(value for value in self.traced.state.values() if value.requires_grad)
+        return clip_by_part((p for _, p in self.named_parameters()), part, max_norm, norm_type, error_if_nonfinite, dtype)
 
     def reductions(self) -> dict[str, int]:
         found: Counter[str] = Counter()
@@ -469,7 +470,8 @@ class ProcessRank:
         ]
         part = norm_part(counted, norm_type, self.world.device)
         part = over_axes(part, norm_type, [axis.all_gather for axis in self._axes()])
-        return clip_by_part((p for _, p in self.named_parameters()), part, max_norm, norm_type, error_if_nonfinite)
+        dtype = norm_dtype(value for value in self.traced.state.values() if value.requires_grad)
+        return clip_by_part((p for _, p in self.named_parameters()), part, max_norm, norm_type, error_if_nonfinite, dtype)
 
     def reductions(self) -> dict[str, int]:
         return dict(self.worker.reductions)

@@ -181,7 +181,7 @@ def _quiet() -> Iterator[None]:
     What the model itself prints is shown if the export works.
     """
     before, printed = logging.root.manager.disable, io.StringIO()
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with redirect_stderr(printed):
             yield

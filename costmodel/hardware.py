@@ -6,6 +6,8 @@ fabric behind it ("a100-80gb-omnipath"). Add one as a row, or pass a `Hardware` 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from costmodel.errors import BadArgument
 from costmodel.machine import DTYPES, AxisLink, Hardware, Kernels, Link
 from costmodel.profiles import DEVICES, FABRICS, NODES
@@ -67,10 +69,18 @@ def combined(name: str, device: str, node: str, fabric: str) -> Hardware:
 HARDWARE: dict[str, Hardware] = {name: combined(name, *rows) for name, rows in COMBINATIONS.items()}
 
 
-def hardware(name_or_profile: str | Hardware) -> Hardware:
-    """The profile of that name, or the profile itself. BadArgument listing the names if there is none."""
+def hardware(name_or_profile: str | Path | Hardware) -> Hardware:
+    """The profile of that name, the one in the JSON file of that path, or the profile itself. BadArgument listing the names if there is
+    none, or saying why the file cannot be read.
+    """
     if isinstance(name_or_profile, Hardware):
         return name_or_profile
     if isinstance(name_or_profile, str) and name_or_profile in HARDWARE:
         return HARDWARE[name_or_profile]
-    raise BadArgument(f"no hardware profile {name_or_profile!r}", use=f"one of {', '.join(HARDWARE)}, or a Hardware")
+    if isinstance(name_or_profile, (str, Path)) and ((path := Path(name_or_profile)).suffix == ".json" or path.is_file()):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadArgument(f"cannot read the hardware profile {path}", why=str(error)) from error
+        return Hardware.from_json(text)
+    raise BadArgument(f"no hardware profile {name_or_profile!r}", use=f"one of {', '.join(HARDWARE)}, a JSON file, or a Hardware")

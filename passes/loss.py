@@ -130,9 +130,10 @@ def _insert_input(graph: fx.Graph, name: str, index: int, dtype: torch.dtype) ->
 
 
 def _insert_share(graph: fx.Graph, weighed: _Term, index: int) -> fx.Node:
-    term, share = weighed.node, _insert_input(graph, SHARE, index, torch.float32)
+    term = weighed.node
     kind = tensor_type(term)
     assert kind is not None
+    share = _insert_input(graph, SHARE, index, torch.float64 if kind.dtype == torch.float64 else torch.float32)
     trainable = term.meta.get("trainable", False)
     value, added = term, set[fx.Node]()
     with graph.inserting_before(term.next):
@@ -169,7 +170,7 @@ def _insert_total(graph: fx.Graph, term: _Term, index: int) -> None:
 
 
 def _retype(graph: fx.Graph, changed: set[fx.Node]) -> None:
-    """The dtypes of weighed terms and of what adds them up: a share is f32, so bf16 scalars become f32 until a cast."""
+    """The dtypes of weighed terms and of what adds them up: a share is f32 (f64 of an f64 term), so bf16 scalars are f32 until a cast."""
     for node in graph.nodes:
         if node not in changed and (node.target in _CASTS or changed.isdisjoint(node.all_input_nodes)):
             continue

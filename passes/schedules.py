@@ -278,6 +278,8 @@ def schedule(name: str) -> Schedule:
 
     BadArgument lists the names if there is none; see `load` for files.
     """
+    if not isinstance(name, str):
+        raise BadArgument(f"schedule = {name!r}", use="a name, " + " or ".join(f'"{known}"' for known in SCHEDULES))
     if name in SCHEDULES:
         return SCHEDULES[name]
     from passes.schedule_files import ENDINGS, read_schedule

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import sympy
@@ -497,6 +498,14 @@ def test_absurd_profiles_are_refused(change: dict[str, object], message: str) ->
     text = json.dumps({**json.loads(HARDWARE["h100-sxm"].to_json()), **change})
     with pytest.raises(BadArgument, match=message):
         Hardware.from_json(text)
+
+
+def test_a_profiles_file_goes_wherever_a_name_does(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(HARDWARE["h200"].to_json())
+    assert hardware(str(path)) == hardware(path) == HARDWARE["h200"]
+    with pytest.raises(BadArgument, match=r"cannot read the hardware profile .*none\.json"):
+        hardware(str(tmp_path / "none.json"))
 
 
 def test_missing_fields_and_broken_json_are_refused() -> None:

@@ -382,6 +382,9 @@ def test_outputs_of_a_plain_process_are_of_the_whole_batch(zero: int) -> None:
     ("arguments", "says"),
     [
         ({"mesh_order": ("pp", "tp")}, "mesh_order"),
+        ({"mesh_order": 3}, "mesh_order = 3"),
+        ({"schedule": None}, "schedule = None"),
+        ({"device": "gpu"}, "device = 'gpu'"),
         ({"dp": 0}, "dp = 0"),
         ({"dp": True}, "dp = True"),
         ({"dp": 2, "zero": 4}, "zero = 4"),

@@ -52,6 +52,45 @@ def test_norms_of_every_order_are_the_whole_models(tp: int, pp: int) -> None:
     par.close()
 
 
+class Regression(nn.Module):
+    """Means over elements and over labels that are not ignored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor, y: Tensor, label: Tensor) -> Tensor:
+        out = self.b(torch.tanh(self.a(x)))
+        return nn.functional.mse_loss(out, y) + nn.functional.cross_entropy(out, label)
+
+
+@pytest.mark.parametrize("layout", [{"dp": 3}, {"pp": 2, "microbatches": 3}, {"tp": 2, "dp": 2, "zero": 1}], ids=str)
+def test_a_float64_model_is_trained_in_float64(layout: dict[str, int]) -> None:
+    """Parts of the loss and the norm that clips are not rounded to float32: 1e-13, where the loss is about 3."""
+    torch.manual_seed(0)
+    model = Regression().double()
+    batch = {"x": torch.randn(7, 6).double(), "y": torch.randn(7, 5).double(), "label": torch.tensor([0, 1, -100, 2, 3, -100, 4])}
+    par = autopar.parallelize(model, batch, **layout)
+    loss = par.step(**batch)
+    expected = model(**batch)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=0.0, atol=1e-13)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    torch.testing.assert_close(par.clip_grad_norm_(0.1), norm, rtol=0.0, atol=1e-13)
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(par._ranks().whole(key, "grad"), parameter.grad, rtol=0.0, atol=1e-13)  # type: ignore[attr-defined]
+    par.close()
+
+
+@pytest.mark.parametrize("max_norm", [None, "one", math.nan, [1.0, 2.0]], ids=str)
+def test_a_largest_norm_that_is_no_number_is_refused(max_norm: Any) -> None:
+    model, batch = made()
+    par = autopar.parallelize(model, batch)
+    par.step(**batch)
+    with pytest.raises(BadArgument, match="max_norm"):
+        par.clip_grad_norm_(max_norm)
+
+
 @pytest.mark.parametrize("norm_type", [0, -1, math.nan, None, "two"])
 def test_other_orders_are_refused(norm_type: Any) -> None:
     model, batch = made()

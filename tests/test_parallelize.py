@@ -74,6 +74,10 @@ def test_without_example_inputs_the_first_step_traces(mesh: tuple[int, int]) -> 
     par = autopar.parallelize(model, tp=mesh[0], pp=mesh[1])
     with pytest.raises(BadArgument, match=r"(?s)no plan yet.*example_inputs"):
         _ = par.plan
+    uses: list[Callable[[], Any]] = [lambda: list(par.parameters()), par.state_dict, par.full_state_dict, par.initialize, par.zero_grad]
+    for use in uses:
+        with pytest.raises(BadArgument, match=r"(?s)no plan yet.*example_inputs"):
+            use()
     loss = par.step(**batch)
     torch.testing.assert_close(loss, model(**batch)[0], rtol=1e-6, atol=1e-6)
     assert par.plan.mesh == {"pp": mesh[1], "tp": mesh[0]}

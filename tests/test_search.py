@@ -234,6 +234,8 @@ def test_auto_degrees_use_all_the_ranks_there_are(monkeypatch: pytest.MonkeyPatc
     assert par.plan.num_ranks == 4
     fixed = autopar.parallelize(model, batch, tp="auto", pp=2)
     assert dict(fixed.plan.mesh) == {"pp": 2, "tp": 2}
+    given = autopar.parallelize(model, batch, tp=2, pp=1, dp=1, microbatches="auto", recompute="auto")
+    assert dict(given.plan.mesh) == {"pp": 1, "tp": 2}, "what degrees multiply to is the number of ranks"
     with pytest.raises(BadArgument, match='tp="auto" needs example_inputs'):
         autopar.parallelize(model, tp="auto")
 

@@ -156,6 +156,7 @@ class Arguments:
             for prefix in (SHARE, TOTAL)
             if name.startswith(prefix)
         }
+        self._double_terms = {self._share_places[name][1] for name, type_text in stage.SHARES.items() if type_text == "f64[]"}
         self._inputs = tuple(name for name in names if name in program.batch)
         self._sizes = tuple(name for name in names if name not in program.batch and name not in self._share_places)
         self._weights = program.loss_weights if self._share_places else None
@@ -210,14 +211,15 @@ class Arguments:
             # in f64, where the counts of labels are exact
             totals = list(replicas.all_reduce(torch.stack([total.double() for total in totals])).unbind(0))
         found: list[tuple[list[torch.Tensor], torch.Tensor]] = []
-        for counts in terms:
+        for term, counts in enumerate(terms):
             if counts is None:
                 one = torch.ones((), device=self._device)
                 found.append(([one] * len(weights), one))
                 continue
             total, dtype = totals.pop(0), dtypes.pop(0)
-            parts = [count / total for count in counts]
-            if total.dtype == torch.float64:
+            double = term in self._double_terms
+            parts = [(count.double() if double else count) / total for count in counts]
+            if total.dtype == torch.float64 and not double:
                 parts = [part.float() for part in parts]
             found.append((parts, total.to(dtype)))
         return found

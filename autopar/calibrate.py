@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from autopar.runtime.board import Board
 from autopar.runtime.world import World
-from costmodel.hardware import HARDWARE, Hardware, Kernels, Link
+from costmodel.hardware import HARDWARE, Hardware, Kernels, Link, nearest
 from costmodel.hardware import hardware as hardware_named
 from costmodel.ops import TensorShape, op_cost
 
@@ -106,6 +106,7 @@ def _calibrated(place: torch.device, name: str | None, progress: Progress) -> Ha
         shared_rate=meter.shared_rate,
         sharing_ranks=cores,
         basis="calibrated",
+        device_type=kind,
         sources={
             "peak_flops": f"{measured}: the best of {len(_SHAPES[kind])} matrix products by dtype, forward and backward",
             "matmul_efficiency": f"{measured}: the median of the same products over the best",
@@ -151,10 +152,7 @@ def _memory_bytes(place: torch.device, cores: int) -> int:
 
 def _nearest(place: torch.device) -> Hardware:
     """The profile whose fabric and tiles a GPU is taken to have: the one that names it, else an A100's."""
-    words = torch.cuda.get_device_name(place).lower().replace("-", " ").split()
-    found = [row for name, row in HARDWARE.items() if name.split("-")[0] in words]
-    memory = _memory_bytes(place, 1)
-    return min(found, key=lambda row: abs(row.memory_bytes - memory)) if found else HARDWARE["a100-80gb"]
+    return nearest(torch.cuda.get_device_name(place), _memory_bytes(place, 1)) or HARDWARE["a100-80gb"]
 
 
 # ---- one thread's work ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from autopar.plan import Plan
 from autopar.precision import Precision, precision_named
 from autopar.runtime.compiled import Compile
 from costmodel.errors import BadArgument
-from costmodel.hardware import Hardware
+from costmodel.hardware import Hardware, nearest
 from costmodel.hardware import hardware as hardware_named
 from passes.overrides import Overrides
 from passes.schedules import schedule as schedule_named
@@ -124,16 +124,13 @@ def device_for(device: torch.device | str | None, model: nn.Module) -> torch.dev
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-_CUDA_PROFILES = (("H200", "h200"), ("H100", "h100-sxm"), ("A100-SXM4-80GB", "a100-80gb"), ("A100", "a100-40gb"))
-
-
 def profile_for(hardware: str | Hardware | None, model: nn.Module) -> Hardware:
     """The profile that is asked for; that of the device which the model is on for None."""
     if hardware is not None:
         return hardware_named(hardware)
     if device_for(None, model).type == "cuda":
-        name = torch.cuda.get_device_name()
-        return hardware_named(next((profile for part, profile in _CUDA_PROFILES if part in name), "a100-80gb"))
+        place = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return nearest(place.name, place.total_memory) or hardware_named("a100-80gb")
     return hardware_named("cpu")
 
 

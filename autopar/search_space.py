@@ -23,7 +23,6 @@ RECOMPUTES = ("none", "selective", "full")  # what programs can be emitted for
 ZEROS = (0, 1, 2, 3)
 LEFT_OUT = ("gpipe", "naive")  # unless asked for
 TP_NODES = 4
-MOST_ROWS = 8  # of a microbatch: larger ones fill no device better
 VIRTUAL_STAGES = (2, 3, 4, 6, 8, 12)
 
 
@@ -70,7 +69,7 @@ class Space:
         """(rows of a microbatch, microbatches)."""
         if self.microbatches is not None:
             return [(rows // self.microbatches, self.microbatches)] if rows % self.microbatches == 0 else []
-        return [(each, rows // each) for each in divisors(rows) if each <= MOST_ROWS]
+        return [(each, rows // each) for each in divisors(rows)]
 
     def schedules_of(self, pp: int, microbatches: int, facts: Facts) -> list[tuple[str, int]]:
         """(schedule, stages a rank) for a pipeline."""

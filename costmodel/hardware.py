@@ -12,7 +12,7 @@ from costmodel.errors import BadArgument
 from costmodel.machine import DTYPES, AxisLink, Hardware, Kernels, Link
 from costmodel.profiles import DEVICES, FABRICS, NODES
 
-__all__ = ["COMBINATIONS", "DTYPES", "HARDWARE", "AxisLink", "Hardware", "Kernels", "Link", "combined", "hardware"]
+__all__ = ["COMBINATIONS", "DTYPES", "HARDWARE", "AxisLink", "Hardware", "Kernels", "Link", "combined", "hardware", "nearest"]
 
 # name: device, node, fabric
 COMBINATIONS: dict[str, tuple[str, str, str]] = {
@@ -63,6 +63,7 @@ def combined(name: str, device: str, node: str, fabric: str) -> Hardware:
         memory_efficiency=one.memory_efficiency,
         kernels=one.kernels,
         basis=one.basis,
+        device_type=one.device_type,
     )
 
 
@@ -82,5 +83,18 @@ def hardware(name_or_profile: str | Path | Hardware) -> Hardware:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BadArgument(f"cannot read the hardware profile {path}", why=str(error)) from error
-        return Hardware.from_json(text)
+        try:
+            return Hardware.from_json(text)
+        except BadArgument as error:
+            raise BadArgument(error.what, where=str(path), why=error.why, use=error.use) from error
     raise BadArgument(f"no hardware profile {name_or_profile!r}", use=f"one of {', '.join(HARDWARE)}, a JSON file, or a Hardware")
+
+
+def nearest(device_name: str, memory_bytes: float) -> Hardware | None:
+    """The profile of the device that its driver calls so ("NVIDIA A100-SXM4-80GB"): the one with most words in common, then with the
+    memory nearest. None if no word is.
+    """
+    words = set(device_name.lower().replace("-", " ").split())
+    shared = {name: len(words.intersection(name.split("-"))) for name in HARDWARE if name.split("-")[0] in words}
+    found = [HARDWARE[name] for name, count in shared.items() if count == max(shared.values())]
+    return min(found, key=lambda row: abs(row.memory_bytes - memory_bytes), default=None)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from costmodel.errors import BadArgument
 
 DTYPES = ("f32", "tf32", "bf16", "f16", "fp8", "f64")
 BASES = ("datasheet", "calibrated", "measured")
+DEVICE_TYPES = ("cuda", "cpu")
 # Relative error of a step time by basis, one standard deviation: of the 322 published step times (tests/benchmarks/published.csv) before
 # any constant was fitted to them, and after. Nothing is known of profiles that are said to be measured.
 UNCERTAINTY: dict[str, float] = {"datasheet": 0.22, "calibrated": 0.11}
@@ -47,6 +48,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "attention_backward_efficiency": (0.001, 1.0),
     "overlap_slowdown": (1.0, 10.0),
 }
+COUNTS = ("devices_per_node", "sharing_ranks", "multiprocessors")
 
 
 def _check_number(value: Any, name: str, owner: str) -> None:
@@ -59,6 +61,12 @@ def _check_number(value: Any, name: str, owner: str) -> None:
         raise BadArgument(
             f"{name} of {owner} is {value:g}", why="no device is like that", use=f"a number from {low:g} to {high:g}"
         )
+
+
+def _check_count(value: Any, name: str, owner: str) -> None:
+    _check_number(value, name, owner)
+    if not isinstance(value, int):
+        raise BadArgument(f"{name} of {owner} is {value:g}", why="it counts something", use="a whole number")
 
 
 def _check_rates(rates: Any, name: str, owner: str) -> None:
@@ -134,7 +142,8 @@ class Kernels:
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name != "dtype_efficiency" and not (value is None and item.default is None):
-                _check_number(value, f"kernels.{item.name}", owner)
+                check = _check_count if item.name in COUNTS else _check_number
+                check(value, f"kernels.{item.name}", owner)
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,7 @@ class Hardware:
     shared_rate: float = 1.0  # what a rank keeps of its rates while `sharing_ranks` of a node compute: ranks of a CPU share its cores
     sharing_ranks: int = 1
     basis: str = "datasheet"
+    device_type: str = "cuda"  # torch's word, of DEVICE_TYPES: a driver and a caching allocator hold memory of their own on "cuda"
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)  # field name -> where its number comes from
 
     def __post_init__(self) -> None:
@@ -172,7 +182,8 @@ class Hardware:
         _check_rates(self.peak_flops, "peak_flops", owner)
         for item in fields(self):
             if item.name in LIMITS and item.name != "peak_flops":
-                _check_number(getattr(self, item.name), item.name, owner)
+                check = _check_count if item.name in COUNTS else _check_number
+                check(getattr(self, item.name), item.name, owner)
         for side, link in (("inside", self.inside), ("across", self.across)):
             if not isinstance(link, Link):
                 raise BadArgument(
@@ -185,6 +196,8 @@ class Hardware:
         self.kernels.check(owner)
         if self.basis not in BASES:
             raise BadArgument(f"basis of {owner} is {self.basis!r}", use="one of " + ", ".join(BASES))
+        if self.device_type not in DEVICE_TYPES:
+            raise BadArgument(f"device_type of {owner} is {self.device_type!r}", use="one of " + ", ".join(DEVICE_TYPES))
 
     def link(self, num_devices: int) -> Link:
         """The slowest link of a mesh axis that spans `num_devices` neighbouring devices: across nodes once it outgrows
@@ -230,14 +243,14 @@ class Hardware:
 
     @classmethod
     def from_json(cls, text: str) -> Hardware:
-        """The profile that `to_json` wrote, or a user's own; `kernels`, `shared_rate`, `sharing_ranks`, `basis` and `sources` may be left
-        out. BadArgument naming the field that is missing, unknown or absurd.
+        """The profile that `to_json` wrote, or a user's own; the fields of Hardware that have a default may be left out. BadArgument
+        naming the field that is missing, unknown or absurd.
         """
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise BadArgument("the hardware profile is not JSON", why=str(error)) from None
-        _check_keys(values, cls, "the hardware profile", optional=("kernels", "shared_rate", "sharing_ranks", "basis", "sources"))
+        _check_keys(values, cls, "the hardware profile", optional=OPTIONAL)
         for side in ("inside", "across"):
             _check_keys(values[side], Link, f"{side} of the hardware profile")
             values[side] = Link(**values[side])
@@ -251,6 +264,9 @@ class Hardware:
                 use='{"memory_bytes": "where the number is from", ...}',
             )
         return cls(**values)
+
+
+OPTIONAL = tuple(item.name for item in fields(Hardware) if item.default is not MISSING or item.default_factory is not MISSING)
 
 
 def _check_keys(values: Any, kind: type, owner: str, optional: tuple[str, ...] = ()) -> None:

@@ -24,6 +24,7 @@ class Device:
     launch_seconds: float = 4e-6
     kernels: Kernels = field(default_factory=Kernels)
     basis: str = "datasheet"
+    device_type: str = "cuda"
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ DEVICES: dict[str, Device] = {
     ),
     "cpu": Device(
         {"f64": 57e9, "f32": 107e9, "bf16": 470e9, "f16": 1e9}, 8 * 2**30, 41e9, 0.85, memory_efficiency=0.6, launch_seconds=3e-6,
+        device_type="cpu",
         sources={
             "peak_flops": "measured as the best of 7 square matmuls of 1024 or 2048, torch 2.13, one thread "
             "of an AMD EPYC (AVX-512) virtual machine; one, because ranks share the cores; f16 has no fast kernel",

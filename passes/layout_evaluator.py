@@ -336,7 +336,7 @@ class Evaluator:
         )  # fmt: skip
 
     def _memory(self, layout: Layout, cut: _Stages) -> LayoutMemory:
-        return layout_memory(layout, cut.held, on_cpu=self.hardware.name == "cpu")
+        return layout_memory(layout, cut.held, on_cpu=self.hardware.device_type == "cpu")
 
     def _peak_flops(self, layout: Layout) -> float:
         name = _PEAK_DTYPES.get(layout.precision, self._dtype)

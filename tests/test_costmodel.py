@@ -21,7 +21,7 @@ from costmodel import collectives, memory
 from costmodel.cost import AMOUNTS, ZERO, Cost, number_at, total
 from costmodel.errors import BadArgument
 from costmodel.formulas import contraction, matmul_flops, pointwise
-from costmodel.hardware import HARDWARE, Hardware, Link, combined, hardware
+from costmodel.hardware import HARDWARE, Hardware, Link, combined, hardware, nearest
 from costmodel.op_row import OpRow, Saved, TensorShape, keeps_nothing
 from costmodel.ops import ELEMENTWISE, OP_COSTS, VIEWS, base_name, is_view, op_cost, op_saves
 from costmodel.roofline import backward_seconds, flops_per_second, forward_seconds
@@ -440,7 +440,7 @@ def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather() -> None:
 def test_every_profile_has_a_source_for_every_number_and_survives_json(name: str) -> None:
     profile = HARDWARE[name]
     assert profile.name == name
-    numbers = set(vars(profile)) - {"name", "sources"}
+    numbers = set(vars(profile)) - {"name", "device_type", "sources"}
     assert {field for field, source in profile.sources.items() if source} == numbers
     assert Hardware.from_json(profile.to_json()) == profile
     assert Hardware.from_json(profile.to_json()).to_json() == profile.to_json()
@@ -462,6 +462,39 @@ def test_hardware_takes_a_name_or_a_profile() -> None:
         hardware("tpu")
 
 
+def test_a_json_file_is_taken_where_a_name_is(tmp_path: Path) -> None:
+    mine, file = replace(HARDWARE["a100-80gb"], name="mine", memory_bytes=40 * 2**30), tmp_path / "mine.json"
+    file.write_text(mine.to_json())
+    assert hardware(str(file)) == hardware(file) == mine
+    with pytest.raises(BadArgument, match=r"cannot read(.|\n)*none\.json"):
+        hardware(str(tmp_path / "none.json"))
+    file.write_text("{}")
+    with pytest.raises(BadArgument, match=r"has no name(.|\n)*mine\.json"):
+        hardware(file)
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "name"),
+    [
+        ("Tesla V100-SXM2-32GB", 32, "v100-32gb"),
+        ("Tesla V100-SXM2-16GB", 16, "v100-16gb"),
+        ("NVIDIA A100-SXM4-40GB", 40, "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", 80, "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", 80, "h100-sxm"),
+        ("NVIDIA H200", 140, "h200"),
+        ("NVIDIA B200", 180, "b200"),
+        ("NVIDIA GB200", 186, "gb200"),
+        ("NVIDIA GH200 480GB", 96, "gh200"),
+        ("NVIDIA L40S", 45, "l40s"),
+        ("NVIDIA GeForce RTX 4090", 24, "rtx-4090"),
+    ],
+)
+def test_a_gpu_is_known_by_what_its_driver_calls_it(device: str, gib: int, name: str) -> None:
+    found = nearest(device, gib * 2**30)
+    assert found is not None and found.name == name
+    assert nearest("Radeon", gib * 2**30) is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -474,6 +507,9 @@ def test_hardware_takes_a_name_or_a_profile() -> None:
         ({"launch_seconds": math.nan}, "launch_seconds .* is nan"),
         ({"devices_per_node": 0}, "devices_per_node .* is 0"),
         ({"devices_per_node": True}, "devices_per_node .* is True"),
+        ({"devices_per_node": 7.5}, "devices_per_node .* is 7.5"),
+        ({"kernels": {"multiprocessors": 0.5}}, "kernels.multiprocessors .* is 0.5"),
+        ({"device_type": "tpu"}, "device_type .* is 'tpu'"),
         ({"peak_flops": {"bf16": 1e15}}, "no f32"),
         ({"peak_flops": {"f32": 67}}, r"peak_flops\[f32\] .* is 67"),
         ({"peak_flops": {"f32": 67e12, "int4": 1e15}}, "unknown dtype 'int4'"),
@@ -510,7 +546,7 @@ def test_a_profiles_file_goes_wherever_a_name_does(tmp_path: Path) -> None:
 
 def test_missing_fields_and_broken_json_are_refused() -> None:
     values = json.loads(HARDWARE["cpu"].to_json())
-    for name in set(values) - {"sources", "kernels", "shared_rate", "sharing_ranks", "basis"}:
+    for name in set(values) - {"sources", "kernels", "shared_rate", "sharing_ranks", "basis", "device_type"}:
         with pytest.raises(BadArgument, match=f"has no {name}"):
             Hardware.from_json(json.dumps({key: value for key, value in values.items() if key != name}))
     for text in ("{", "[]", "5"):

@@ -167,6 +167,12 @@ def test_what_saves_memory_saves_memory(gpt: Evaluator) -> None:
     assert memory(cp=2) < memory()
 
 
+def test_a_cpu_by_any_name_holds_what_its_tensors_take(gpt: Evaluator) -> None:
+    for device_type, context in (("cpu", 0.0), ("cuda", 3e9)):
+        profile = replace(HARDWARE["cpu"], name="here", device_type=device_type)
+        assert Evaluator(gpt.folded, gpt.sizes, profile).predict(BASE).memory.context_bytes == context
+
+
 def test_what_takes_time_takes_time(gpt: Evaluator) -> None:
     def step(**changes: Any) -> float:
         return gpt.predict(replace(BASE, **changes)).step_seconds

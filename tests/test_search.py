@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import GPT, gpt_batch
 from reference import model_loss, train
+from torch import nn
 
 import autopar
 from autopar.cli import main
@@ -94,6 +95,13 @@ def test_decisions_that_are_given_are_kept() -> None:
         layout = found.layout
         assert (layout.tp, layout.pp, layout.dp, layout.zero, layout.recompute) == (2, 2, 2, 1, "full")
         assert layout.schedule == "1f1b" and not layout.sequence_parallel
+
+
+def test_a_microbatch_may_be_the_whole_batch() -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    plans = search(model, (torch.zeros(1024, 256),), loss_fn=lambda out: out.sum(), gpus=1, hardware="h100-sxm")
+    assert plans.predictions[0].layout.microbatch_rows == 1024
+    assert {1, 2, 4, 8, 16} <= {each for each, _ in plans.space.microbatches_of(1024)}
 
 
 def test_less_memory_gives_plans_within_it_that_are_no_faster() -> None:

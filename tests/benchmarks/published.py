@@ -95,8 +95,13 @@ def _says(record: Record, *words: str) -> bool:
 
 
 def shape_of(record: Record) -> Shape:
-    """The model. Null dimensions get what is usual: 50,304 tokens of vocabulary, four times the width."""
-    hidden, heads = record["hidden"], record["heads"]
+    """The model. Null dimensions get what is usual: 50,304 tokens of vocabulary, four times the width. Jobs of Megatron's kind (`layout_of`)
+    pad the vocabulary as it does, to a multiple of 128 rows on every tensor-parallel rank (its --make-vocab-size-divisible-by).
+    """
+    hidden, heads, vocab = record["hidden"], record["heads"], record.get("vocab") or 50304
+    if record.get("zero") != 3:
+        multiple = 128 * (record.get("tp") or 1)
+        vocab = -(-vocab // multiple) * multiple
     gated = record.get("mlp_matrices") == 3
     flash = not _says(record, "unfused") and (
         _says(record, "flash", "sdpa", "cudnn", "fused") or "H100" in str(record.get("gpu")) or gated
@@ -104,7 +109,7 @@ def shape_of(record: Record) -> Shape:
     fp16 = str(record.get("precision") or "fp16").startswith("fp16")
     return Shape(
         record["layers"], hidden, record.get("ffn_hidden") or 4 * hidden, heads, record.get("kv_heads") or heads,
-        record.get("vocab") or 50304, gated, flash, 0.0 if flash else 0.1, torch.float16 if fp16 else torch.bfloat16, not gated,
+        vocab, gated, flash, 0.0 if flash else 0.1, torch.float16 if fp16 else torch.bfloat16, not gated,
     )  # fmt: skip
 
 

@@ -204,6 +204,15 @@ OP_COSTS: dict[str, OpRow] = {
     "aten.new_full": CREATION,
     "aten.scalar_tensor": CREATION,
 }
+# Ops that compute each element of the result from the same one of the inputs (broadcast), and ops that normalise rows: what can share a
+# kernel. Named one by one: a row of `pointwise` costs may as well be a reduction's.
+ON_ELEMENTS = frozenset(
+    """
+    gelu silu softplus log sin cos pow relu tanh sigmoid exp sqrt rsqrt reciprocal add sub rsub neg mul div where masked_fill clamp dropout
+    native_dropout tril triu to _to_copy type_as
+    """.split()  # noqa: SIM905 - thirty short names, not thirty lines
+)
+NORMALISING = frozenset("softmax _softmax log_softmax _log_softmax layer_norm native_layer_norm rms_norm _fused_rms_norm".split())  # noqa: SIM905
 ELEMENTWISE = pointwise(1, keeps_inputs)  # an op without a row
 
 
@@ -224,6 +233,16 @@ def base_name(name: str) -> str:
 def is_view(name: str) -> bool:
     """True for ops that only rename memory: they cost nothing and save nothing."""
     return base_name(name).removeprefix("aten.") in VIEWS
+
+
+def is_on_elements(name: str) -> bool:
+    """True for ops whose kernel can also do what comes before and after it."""
+    return base_name(name).removeprefix("aten.") in ON_ELEMENTS
+
+
+def normalises(name: str) -> bool:
+    """True for ops whose kernel can also do what comes before it."""
+    return base_name(name).removeprefix("aten.") in NORMALISING
 
 
 def op_cost(

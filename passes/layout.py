@@ -32,6 +32,7 @@ class Layout:
     (the units between runs of blocks count as one each); None: the most even cut. `offload`: kept activations wait in host memory.
     `split_sends`: tensor-parallel ranks each send their part of a value that all of them hold, and gather it on arrival.
     `sums_each_microbatch`: ZeRO 3 sums gradients after each microbatch's backward, as FSDP does, not once a step as autopar's programs do.
+    `fused`: chains of calls on elements run as one kernel (`passes.fused`), as torch.compile makes them; not so in emitted programs.
     """
 
     tp: int = 1
@@ -54,6 +55,7 @@ class Layout:
     offload: bool = False
     split_sends: bool = False
     sums_each_microbatch: bool = False
+    fused: bool = False
 
     def __post_init__(self) -> None:
         for name in (*AXES, "virtual_stages", "microbatch_rows", "microbatches"):

@@ -182,12 +182,13 @@ class Evaluator:
         """The model's units on one rank of the layout."""
         key = (
             *_graph_key(layout.tp, layout.sequence_parallel), layout.cp, layout.stride("cp"), layout.microbatch_rows, layout.recompute,
-            layout.replay_all, layout.precision in ("fp8", "tf32") and layout.precision,
+            layout.replay_all, layout.fused, layout.precision in ("fp8", "tf32") and layout.precision,
         )  # fmt: skip
         if key not in self._units:
             self._units[key] = unit_costs(
                 self.graph(layout.tp, layout.sequence_parallel), self._pricing(layout.microbatch_rows, layout.precision),
-                recompute=layout.recompute, replay_all=layout.replay_all, cp=layout.cp, context_link=self._link(layout, "cp"),
+                recompute=layout.recompute, replay_all=layout.replay_all, fused=layout.fused, cp=layout.cp,
+                context_link=self._link(layout, "cp"),
             )  # fmt: skip
         return self._units[key]
 
@@ -195,7 +196,7 @@ class Evaluator:
         """The layout's stages: its own cut or the most even one."""
         key = (
             *_graph_key(layout.tp, layout.sequence_parallel), layout.cp, layout.microbatch_rows, layout.recompute, layout.replay_all,
-            layout.pp, layout.virtual_stages, layout.schedule, layout.blocks, layout.overlap, layout.zero == 3,
+            layout.fused, layout.pp, layout.virtual_stages, layout.schedule, layout.blocks, layout.overlap, layout.zero == 3,
             layout.dp if layout.zero == 3 else 0, layout.precision, layout.microbatches > 1, layout.gradient_bytes,
             layout.sums_each_microbatch,
         )  # fmt: skip

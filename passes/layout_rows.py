@@ -21,6 +21,7 @@ from torch import fx
 
 from passes.costs import Pricing
 from passes.fold import Folded, unit_of
+from passes.fused import Joined, joined_calls
 from passes.ir import calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
 from passes.layout_recompute import (
     RECOMPUTES,
@@ -89,6 +90,7 @@ class RankGraph:
     nominal: Pricing
     line: list[LineCall] = field(init=False)
     spans: list[tuple[int, int]] = field(init=False)  # per unit: first call on the line, end
+    _joined: dict[fx.Node, Joined] | None = None
     _runs: dict[str, list[list[Run]]] = field(default_factory=dict)
     _saves: Saves = field(init=False)
 
@@ -123,6 +125,12 @@ class RankGraph:
             self._runs[recompute] = [runs if layer else [] for runs, layer in zip(found, layers, strict=True)]
         return self._runs[recompute]
 
+    def joined(self) -> dict[fx.Node, Joined]:
+        """The calls that share kernels where a job fuses calls on elements."""
+        if self._joined is None:
+            self._joined = joined_calls(self.module.graph, self.nominal, self.axis_sizes)
+        return self._joined
+
     def shared(self) -> list[SharedParameter]:
         """Parameters that several units use."""
         return [
@@ -153,13 +161,17 @@ class RankGraph:
 
 
 def unit_costs(
-    rank: RankGraph, pricing: Pricing, *, recompute: str = "none", replay_all: bool = False, cp: int = 1, context_link: object = None
+    rank: RankGraph, pricing: Pricing, *, recompute: str = "none", replay_all: bool = False, fused: bool = False, cp: int = 1,
+    context_link: object = None,
 ) -> list[UnitCost]:
-    """What each unit costs at the sizes of `pricing` (of one microbatch, whole sequence). `context_link`: of the cp axis."""
+    """What each unit costs at the sizes of `pricing` (of one microbatch, whole sequence). `fused`: calls on elements share kernels.
+    `context_link`: of the cp axis.
+    """
+    joined = rank.joined() if fused else None
     part = pricing
     if cp > 1:
         part = replace(pricing, sizes={**pricing.sizes, TOKENS: -(-pricing.sizes[TOKENS] // cp)}, _numbers={})
-    priced = [_priced(call.node, pricing, part, rank.axis_sizes, cp, context_link) for call in rank.line]
+    priced = [_priced(call.node, pricing, part, rank.axis_sizes, joined, cp, context_link) for call in rank.line]
     num_bytes = _storage_bytes(rank, pricing, part, cp)
     parameters = rank.own_parameters()
     crossing = _crossing(rank, part)
@@ -200,15 +212,16 @@ class _Priced:
 
 
 def _priced(
-    node: fx.Node, pricing: Pricing, part: Pricing, axis_sizes: Mapping[str, int], cp: int, context_link: object
+    node: fx.Node, pricing: Pricing, part: Pricing, axis_sizes: Mapping[str, int], joined: Mapping[fx.Node, Joined] | None, cp: int,
+    context_link: object,
 ) -> _Priced:
-    cost = node_cost(node, part, axis_sizes, set())
+    cost = node_cost(node, part, axis_sizes, set(), joined)
     if node.meta.get("reshard"):
         return _Priced(tensor_forward=cost.forward_seconds, tensor_backward=cost.backward_seconds)
     forward, backward = cost.forward_seconds, cost.backward_seconds
     gathers = scatters = 0.0
     if cp > 1:
-        whole = node_cost(node, pricing, axis_sizes, set())
+        whole = node_cost(node, pricing, axis_sizes, set(), joined)
         if whole.forward_seconds > _GROWS * cp * forward or (is_product(node) and _grows(node, pricing, part, axis_sizes, cp)):
             forward, backward = whole.forward_seconds / cp, whole.backward_seconds / cp
         if is_product(node):

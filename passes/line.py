@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from costmodel.ops import op_cost, op_saves
-from passes.costs import Pricing, op_name
-from passes.ir import TensorType, calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
+from passes.call_cost import call_cost
+from passes.costs import Pricing
+from passes.fused import Joined
+from passes.ir import calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
 from passes.localize import sharding
-from passes.placement import Placement, local_type
+from passes.placement import local_type
 from passes.reshard import Reshard, collective_seconds
 from passes.rules import CONTRACTIONS
 from passes.values import computed_once, value_of
@@ -35,8 +36,12 @@ class NodeCost:
     saved_bytes: float = 0.0
 
 
-def node_cost(node: fx.Node, pricing: Pricing, axis_sizes: Mapping[str, int], saved: set[object]) -> NodeCost:
-    """What a localized call costs one rank. `saved` holds the values already counted as kept; new ones are added."""
+def node_cost(
+    node: fx.Node, pricing: Pricing, axis_sizes: Mapping[str, int], saved: set[object], joined: Mapping[fx.Node, Joined] | None = None
+) -> NodeCost:
+    """What a localized call costs one rank. `saved` holds the values already counted as kept; new ones are added. `joined`: the calls that
+    share kernels (`passes.fused`); None: each has its own.
+    """
     row = node.meta.get("reshard")
     kind = tensor_type(node)
     if isinstance(row, Reshard):
@@ -48,46 +53,21 @@ def node_cost(node: fx.Node, pricing: Pricing, axis_sizes: Mapping[str, int], sa
             for name in (row.forward, row.backward if is_trainable(node) else "")
         ]
         return NodeCost(times[0], times[1], sum(times), 0.0)
-    inputs = [n for n in tensor_inputs(node)]
-    shapes = [pricing.shape(local_type(typed(n), sharding(n), axis_sizes)) for n in inputs]
-    results = [
-        pricing.shape(local_type(value, result_sharding(node, k), axis_sizes))
-        for k, value in enumerate(output_types(node))
-    ]
-    trainable = tuple(is_trainable(n) for n in inputs)
-    name = op_name(node.target)
-    causal = "scaled_dot_product_attention" in name and len(node.args) > 5 and bool(node.args[5])
-    cost = op_cost(name, shapes, results, trainable, causal)
-    weights = node.target in _CONTRACTIONS and any(is_state(n) for n in inputs)
+    found = call_cost(node, pricing, axis_sizes)
+    inputs, weights = tensor_inputs(node), node.target in _CONTRACTIONS and any(map(is_state, tensor_inputs(node)))
+    cost = joined[node].cost(found) if joined and node in joined else found.cost
     forward, backward = pricing.seconds(cost, output_types(node)[0], weights)
-    num_bytes = 0.0
-    if is_trainable(node):
-        kept = op_saves(name, shapes, results, trainable, causal)
-        num_bytes += float(kept.extra_bytes)
-        for index in kept.inputs:
-            value = value_of(inputs[index])
-            if value not in saved and not is_state(inputs[index]):
-                saved.add(value)
-                num_bytes += float(shapes[index].num_bytes)
-        for index in kept.outputs:
-            if (node, index) not in saved:
-                saved.add((node, index))
-                num_bytes += float(results[index].num_bytes)
+    num_bytes = float(found.saves.extra_bytes)
+    for index in found.saves.inputs:
+        value = value_of(inputs[index])
+        if value not in saved and not is_state(inputs[index]):
+            saved.add(value)
+            num_bytes += float(found.inputs[index].num_bytes)
+    for index in found.saves.outputs:
+        if (node, index) not in saved:
+            saved.add((node, index))
+            num_bytes += float(found.results[index].num_bytes)
     return NodeCost(forward, backward, 0.0, num_bytes)
-
-
-def typed(node: fx.Node) -> TensorType:
-    """The type of a node that is a tensor."""
-    kind = tensor_type(node)
-    assert kind is not None
-    return kind
-
-
-def result_sharding(node: fx.Node, index: int) -> Mapping[str, Placement]:
-    if tensor_type(node) is not None:
-        return sharding(node)
-    user = next((u for u in node.users if u.target is operator.getitem and u.args[1] == index), None)
-    return sharding(user) if user is not None else {}
 
 
 class Line:

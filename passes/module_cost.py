@@ -22,6 +22,7 @@ from torch import fx
 from costmodel.cost import Amount, Cost, total
 from costmodel.errors import BadArgument
 from costmodel.ops import TensorShape, op_cost, op_saves
+from passes.call_cost import result_sharding, typed
 from passes.costs import op_name
 from passes.ir import (
     Size,
@@ -35,7 +36,6 @@ from passes.ir import (
     tensor_inputs,
     tensor_type,
 )
-from passes.line import result_sharding, typed
 from passes.localize import sharding
 from passes.placement import Copied, Placement, Shard, per_block, segment_sizes
 from passes.reshard import RESHARDS

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from torch import fx
 
 from costmodel.ops import is_view, op_saves
+from passes.call_cost import result_sharding
 from passes.costs import Pricing, op_name
 from passes.ir import calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
-from passes.line import result_sharding
 from passes.localize import sharding
 from passes.placement import local_type
 from passes.recompute import Saves

@@ -95,8 +95,8 @@ def _says(record: Record, *words: str) -> bool:
 
 
 def shape_of(record: Record) -> Shape:
-    """The model. Null dimensions get what is usual: 50,304 tokens of vocabulary, four times the width. Jobs of Megatron's kind (`layout_of`)
-    pad the vocabulary as it does, to a multiple of 128 rows on every tensor-parallel rank (its --make-vocab-size-divisible-by).
+    """The model. Null dimensions get what is usual: 50,304 tokens of vocabulary, four times the width. Jobs of Megatron's kind
+    (`layout_of`) pad the vocabulary as it does, to a multiple of 128 rows on every tensor-parallel rank (--make-vocab-size-divisible-by).
     """
     hidden, heads, vocab = record["hidden"], record["heads"], record.get("vocab") or 50304
     if record.get("zero") != 3:
@@ -131,7 +131,8 @@ def hardware_of(record: Record) -> Hardware:
 
 def layout_of(record: Record, folded: Folded) -> Layout:
     """The record's layout. ZeRO 3 runs under FSDP, which overlaps its traffic and replays only what backward needs; other jobs are
-    Megatron's kind: they replay whole layers and, unless the record says so, overlap nothing.
+    Megatron's kind: they replay whole layers, bring fused kernels for calls on elements (as torch.compile makes them) and, unless the
+    record says so, overlap nothing.
     """
     tp, pp, cp = (record.get(key) or 1 for key in ("tp", "pp", "cp"))
     dp = record.get("dp") or max(1, (record.get("n_gpus") or 1) // (tp * pp * cp))
@@ -148,7 +149,7 @@ def layout_of(record: Record, folded: Folded) -> Layout:
         zero=zero, recompute=RECOMPUTES.get(str(record.get("recompute")), "none"), replay_all=not sharded,
         sequence_parallel=bool(record.get("sequence_parallel")), precision=precision, overlap=frozenset(overlap),
         blocks=blocks_of(folded, record["layers"], pp * virtual if pp > 1 else 1), offload=bool(record.get("activation_cpu_offload")),
-        split_sends=tp > 1, sums_each_microbatch=True,
+        split_sends=tp > 1, sums_each_microbatch=True, fused=not sharded or _says(record, "compile"),
     )  # fmt: skip
 
 

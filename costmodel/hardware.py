@@ -24,7 +24,7 @@ COMBINATIONS: dict[str, tuple[str, str, str]] = {
     "a100-80gb": ("a100-80gb", "dgx-a100", "8x-hdr200"),
     "a100-80gb-roce": ("a100-80gb", "dgx-a100", "8x-roce200"),
     "a100-80gb-4nic": ("a100-80gb", "dgx-a100", "4x-hdr200"),
-    "a100-80gb-omnipath": ("a100-80gb", "dgx-a100", "4x-opa100"),
+    "a100-80gb-omnipath": ("a100-80gb", "octo-a100", "4x-opa100"),
     "h100-sxm": ("h100-sxm", "dgx-h100", "8x-ndr400"),
     "h100-96gb": ("h100-96gb", "dgx-h100", "8x-ndr400"),
     "h200": ("h200", "dgx-h100", "8x-ndr400"),

@@ -55,8 +55,8 @@ _COMMON = {
     "basis": "what the efficiencies are: see their sources",
 }
 _FIT = (
-    "fitted to the published step times of tests/benchmarks/published.csv on this kind of device by Gauss-Newton on the logarithm of "
-    "predicted / measured, each suite weighing the same, within the range that kernels alone were seen to reach"
+    "fitted to the published step times of tests/benchmarks/published.csv on this kind of device or fabric (tests/benchmarks/fit_published.py: "
+    "the suite farthest from what is asked of it decides), within the range that kernels alone were seen to reach"
 )
 _VOLTA = _COMMON | {
     "peak_flops": "NVIDIA V100 datasheet (2020), SXM2 column; f16 with tensor cores, no bf16",
@@ -70,8 +70,9 @@ _VOLTA = _COMMON | {
 _AMPERE = _COMMON | {
     "peak_flops": "NVIDIA A100 datasheet (nvidia-a100-datasheet-us, 2021), SXM column; f64 and f32 without tensor cores",
     "memory_bandwidth_bytes_per_second": "NVIDIA A100 datasheet (nvidia-a100-datasheet-us, 2021), SXM column",
-    "matmul_efficiency": "estimate for everyday shapes, kept since a fit gained nothing; the best shape alone reaches 0.87 "
+    "matmul_efficiency": _FIT + "; the best shape alone reaches 0.87 "
     "(271.2 of 312 TFLOP/s bf16: Bekman, Machine Learning Engineering, table of maximum achievable matmul FLOPS)",
+    "memory_efficiency": _FIT + "; between what copies (0.9) and kernels of several passes reach",
     "kernels": "NVIDIA A100 whitepaper: 108 multiprocessors; attention and overlap, rounded: " + _FIT + "; fill: of the size of a stage "
     "of the loop; misaligned batched products: near the rate without tensor cores (19.5 of 312 TFLOP/s), as rows with such heads show",
     "basis": "fitted to whole training steps",
@@ -98,8 +99,8 @@ _AMPERE_PEAK = {"f64": 9.7e12, "f32": 19.5e12, "tf32": 156e12, "bf16": 312e12, "
 _HOPPER_PEAK = {"f64": 33.5e12, "f32": 67e12, "tf32": 494.7e12, "bf16": 989.4e12, "f16": 989.4e12, "fp8": 1978.9e12}
 _VOLTA_KERNELS = Kernels(multiprocessors=80, fill_k=58.0)
 _AMPERE_KERNELS = Kernels(
-    multiprocessors=108, fill_k=8.0, misaligned_batched_efficiency=0.045, attention_forward_efficiency=0.44,
-    attention_backward_efficiency=0.23, overlap_slowdown=1.3,
+    multiprocessors=108, fill_k=40.0, misaligned_batched_efficiency=0.045, attention_forward_efficiency=0.44,
+    attention_backward_efficiency=0.24, overlap_slowdown=1.3,
 )  # fmt: skip
 _HOPPER_KERNELS = Kernels(
     multiprocessors=132, fill_k=60.0, dtype_efficiency={"fp8": 0.55}, attention_forward_efficiency=0.52, attention_backward_efficiency=0.50,
@@ -113,21 +114,21 @@ _BLACKWELL_KERNELS = Kernels(multiprocessors=148)
 
 DEVICES: dict[str, Device] = {
     "v100-16gb": Device(
-        _VOLTA_PEAK, 16_160 * 2**20, 0.9e12, 0.69, kernels=_VOLTA_KERNELS, memory_efficiency=0.92, launch_seconds=6.1e-6,
+        _VOLTA_PEAK, 16_160 * 2**20, 0.9e12, 0.655, kernels=_VOLTA_KERNELS, memory_efficiency=0.92, launch_seconds=6.1e-6,
         basis="calibrated",
         sources=_VOLTA | {"memory_bytes": "nvidia-smi of a Tesla V100-SXM2-16GB: 16160 MiB"},
     ),
     "v100-32gb": Device(
-        _VOLTA_PEAK, 32_510 * 2**20, 0.9e12, 0.69, kernels=_VOLTA_KERNELS, memory_efficiency=0.92, launch_seconds=6.1e-6,
+        _VOLTA_PEAK, 32_510 * 2**20, 0.9e12, 0.655, kernels=_VOLTA_KERNELS, memory_efficiency=0.92, launch_seconds=6.1e-6,
         basis="calibrated",
         sources=_VOLTA | {"memory_bytes": "nvidia-smi of a Tesla V100-SXM2-32GB: 32510 MiB"},
     ),
     "a100-40gb": Device(
-        _AMPERE_PEAK, 40_536 * 2**20, 1.555e12, 0.80, kernels=_AMPERE_KERNELS, basis="calibrated",
+        _AMPERE_PEAK, 40_536 * 2**20, 1.555e12, 0.76, memory_efficiency=0.76, kernels=_AMPERE_KERNELS, basis="calibrated",
         sources=_AMPERE | {"memory_bytes": "nvidia-smi of an A100-SXM4-40GB: 40536 MiB"},
     ),
     "a100-80gb": Device(
-        _AMPERE_PEAK, 81_920 * 2**20, 2.039e12, 0.80, kernels=_AMPERE_KERNELS, basis="calibrated",
+        _AMPERE_PEAK, 81_920 * 2**20, 2.039e12, 0.76, memory_efficiency=0.76, kernels=_AMPERE_KERNELS, basis="calibrated",
         sources=_AMPERE | {"memory_bytes": "nvidia-smi of an A100-SXM4-80GB: 81920 MiB"},
     ),
     "h100-sxm": Device(
@@ -135,7 +136,7 @@ DEVICES: dict[str, Device] = {
         sources=_HOPPER | {"memory_bytes": "nvidia-smi of an H100 80GB HBM3: 81559 MiB", "basis": "fitted to whole training steps"},
     ),
     "h100-96gb": Device(
-        _HOPPER_PEAK, 97_871 * 2**20, 2.4e12, 0.51, kernels=_HOPPER_500W_KERNELS, memory_efficiency=0.80, basis="calibrated",
+        _HOPPER_PEAK, 97_871 * 2**20, 2.4e12, 0.56, kernels=_HOPPER_500W_KERNELS, memory_efficiency=0.80, basis="calibrated",
         sources=_HOPPER | {
             "memory_bytes": "nvidia-smi of an H100 with 96 GB of HBM2e: 97871 MiB",
             "memory_bandwidth_bytes_per_second": "pytorch/torchtitan, benchmarks of December 2024: HBM2e, 2.4 TB/s, limited to 500 W",
@@ -207,15 +208,14 @@ _PCIE = "estimate: PCIe 4.0 x16 without peer access, through host memory; latenc
 
 NODES: dict[str, Node] = {
     "quad-v100": Node(
-        4, Link(3.4e-6, 85e9),
-        {"inside": _NVLINK_LATENCY + "; 6 NVLinks of 20 GB/s as NCCL src/graph/topo.h counts them (datasheet: 150 GB/s per direction)"
-         "; 85 of their 120 GB/s " + _FIT,
+        4, Link(3.4e-6, 6.7e9),
+        {"inside": _NVLINK_LATENCY + "; 6.7 GB/s " + _FIT + ": tensor-parallel jobs there were as slow as without NVLink (datasheet: 150 GB/s "
+         "per direction)",
          "devices_per_node": "four V100 SXM2 fully connected, two links a pair (Jean Zay, IDRIS)"},
     ),
     "dgx-1": Node(
-        8, Link(3.4e-6, 85e9),
-        {"inside": _NVLINK_LATENCY + "; 6 NVLinks of 20 GB/s as NCCL src/graph/topo.h counts them (datasheet: 150 GB/s per direction)"
-         "; 85 of their 120 GB/s " + _FIT,
+        8, Link(3.4e-6, 120e9),
+        {"inside": _NVLINK_LATENCY + "; 6 NVLinks of 20 GB/s as NCCL src/graph/topo.h counts them (datasheet: 150 GB/s per direction)",
          "devices_per_node": "DGX-1 datasheet"},
     ),
     "dgx-a100": Node(
@@ -223,6 +223,11 @@ NODES: dict[str, Node] = {
         {"inside": _NVLINK_LATENCY
          + "; 235 GB/s is the bus bandwidth the same file allows an A100 (datasheet: 300 GB/s per direction)",
          "devices_per_node": "DGX A100 datasheet"},
+    ),
+    "octo-a100": Node(
+        8, Link(3.4e-6, 95e9),
+        {"inside": _NVLINK_LATENCY + "; 95 of the 235 GB/s that NCCL src/graph/tuning.cc allows an A100 " + _FIT,
+         "devices_per_node": "eight A100 SXM4 with four Omni-Path ports (Jean Zay, IDRIS)"},
     ),
     "dgx-h100": Node(
         8, Link(3.4e-6, 300e9),

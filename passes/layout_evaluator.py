@@ -118,6 +118,12 @@ class Evaluator:
         self._play = lru_cache(maxsize=64)(StepTimes)
         self._dtype = self._compute_dtype()
 
+    def on(self, hardware: Hardware) -> Evaluator:
+        """The same model on another device, sharded as on this one: for comparing devices, and constants of one."""
+        other = Evaluator(self.folded, self.sizes, hardware)
+        other._graphs, other._shared, other._play = self._graphs, self._shared, self._play
+        return other
+
     # ---- the model ----------------------------------------------------------------------------------------------------
 
     @property

@@ -132,7 +132,7 @@ def hardware_of(record: Record) -> Hardware:
 def layout_of(record: Record, folded: Folded) -> Layout:
     """The record's layout. ZeRO 3 runs under FSDP, which overlaps its traffic and replays only what backward needs; other jobs are
     Megatron's kind: they replay whole layers, bring fused kernels for calls on elements (as torch.compile makes them) and, unless the
-    record says so, overlap nothing.
+    record says so, overlap nothing; NeMo's recipes overlap what is data-parallel.
     """
     tp, pp, cp = (record.get(key) or 1 for key in ("tp", "pp", "cp"))
     dp = record.get("dp") or max(1, (record.get("n_gpus") or 1) // (tp * pp * cp))
@@ -142,7 +142,8 @@ def layout_of(record: Record, folded: Folded) -> Layout:
     schedule = str(record.get("schedule") or "none")
     text = str(record.get("precision") or "fp16")
     precision = next((name for name in ("fp8", "bf16", "fp16", "fp32") if text.startswith(name)), "bf16")
-    overlap = {"dp", "cp"} if sharded else {"dp", "cp", "tp"} if _says(record, "overlap on", "overlap (user") else set()
+    overlap = {"dp", "cp"} if sharded or _says(record, "nemo") else set()
+    overlap |= {"dp", "cp", "tp"} if _says(record, "overlap on", "overlap (user") else set()
     return Layout(
         tp=tp, cp=cp, dp=dp, pp=pp, virtual_stages=virtual if pp > 1 else 1,
         schedule=SCHEDULES.get(schedule, schedule) if pp > 1 else "1f1b", microbatch_rows=rows, microbatches=max(1, batch // (rows * dp)),
@@ -198,14 +199,18 @@ class Predictor:
             self._folded[shape] = folded_from_json(json.loads(path.read_text()))
         return self._folded[shape]
 
-    def predict(self, record: Record) -> LayoutPrediction:
-        """AutoparError where the record's layout cannot be."""
+    def evaluator(self, record: Record) -> Evaluator:
+        """The evaluator of the record's model on its device."""
         shape, profile = shape_of(record), hardware_of(record)
-        folded = self.folded(shape, record["seq_len"])
         key = (shape, profile.name, record["seq_len"])
         if key not in self._evaluators:
-            self._evaluators[key] = Evaluator(folded, {"B": 2, "T": record["seq_len"]}, profile)
-        return self._evaluators[key].predict(layout_of(record, folded), exact=True)
+            self._evaluators[key] = Evaluator(self.folded(shape, record["seq_len"]), {"B": 2, "T": record["seq_len"]}, profile)
+        return self._evaluators[key]
+
+    def predict(self, record: Record) -> LayoutPrediction:
+        """AutoparError where the record's layout cannot be."""
+        found = self.evaluator(record)
+        return found.predict(layout_of(record, found.folded), exact=True)
 
 
 def memory_GB(record: Record, found: LayoutPrediction) -> float:

@@ -55,8 +55,8 @@ _COMMON = {
     "basis": "what the efficiencies are: see their sources",
 }
 _FIT = (
-    "fitted to the published step times of tests/benchmarks/published.csv on this kind of device or fabric (tests/benchmarks/fit_published.py: "
-    "the suite farthest from what is asked of it decides), within the range that kernels alone were seen to reach"
+    "fitted to the published step times of tests/benchmarks/published.csv on this kind of device or fabric "
+    "(tests/benchmarks/fit_published.py: the suite farthest from what is asked of it decides), within the range that kernels alone were seen to reach"
 )
 _VOLTA = _COMMON | {
     "peak_flops": "NVIDIA V100 datasheet (2020), SXM2 column; f16 with tensor cores, no bf16",
@@ -209,8 +209,8 @@ _PCIE = "estimate: PCIe 4.0 x16 without peer access, through host memory; latenc
 NODES: dict[str, Node] = {
     "quad-v100": Node(
         4, Link(3.4e-6, 6.7e9),
-        {"inside": _NVLINK_LATENCY + "; 6.7 GB/s " + _FIT + ": tensor-parallel jobs there were as slow as without NVLink (datasheet: 150 GB/s "
-         "per direction)",
+        {"inside": _NVLINK_LATENCY + "; 6.7 GB/s " + _FIT + ": tensor-parallel jobs there were as slow as without NVLink "
+         "(datasheet: 150 GB/s per direction)",
          "devices_per_node": "four V100 SXM2 fully connected, two links a pair (Jean Zay, IDRIS)"},
     ),
     "dgx-1": Node(

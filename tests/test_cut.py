@@ -321,7 +321,7 @@ def t5_plan() -> Plan:
     return autopar.parallelize(model, {"input_ids": ids, "labels": ids}, pp=4, microbatches=8, hardware="a100-80gb").plan
 
 
-@pytest.mark.parametrize("made", [gpt2_plan, t5_plan, unet_plan])
+@pytest.mark.parametrize("made", [gpt2_plan, pytest.param(t5_plan, marks=pytest.mark.slow), unet_plan])
 def test_transfers_are_priced_as_the_programs_send_them(made: Callable[[], Plan]) -> None:
     """Each value once per stage that it goes to, a message each; the 3 or 4 ranks are in one node."""
     plan = made()
@@ -347,7 +347,7 @@ def boundary_notes(plan: Plan) -> list[tuple[float, list[float]]]:
     return found
 
 
-@pytest.mark.parametrize("made", [gpt2_plan, t5_plan, unet_plan])
+@pytest.mark.parametrize("made", [gpt2_plan, pytest.param(t5_plan, marks=pytest.mark.slow), unet_plan])
 def test_notes_say_what_other_places_would_cost(made: Callable[[], Plan]) -> None:
     plan = made()
     boundaries = boundary_notes(plan)
@@ -392,7 +392,7 @@ def test_long_skips_are_sent_once_and_straight() -> None:
             assert skip["value"] not in between.sends, "it does not pass through the stages between"
 
 
-@pytest.mark.parametrize("made", [gpt2_plan, t5_plan, unet_plan])
+@pytest.mark.parametrize("made", [gpt2_plan, pytest.param(t5_plan, marks=pytest.mark.slow), unet_plan])
 def test_the_notes_step_is_the_plans(made: Callable[[], Plan]) -> None:
     """What the search minimised is what the plan predicts; a value that skips stages is waited for in a slightly other order."""
     plan = made()

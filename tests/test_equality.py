@@ -26,9 +26,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any]]] = {
     "hf-llama-one-kv-head": (lambda: tiny_llama(num_hidden_layers=4, num_key_value_heads=1), causal_batch),
 }
 QUICK = {
-    ("gpt", (2, 1)), ("gpt", (4, 1)), ("gpt", (2, 2)), ("gpt", (4, 4)), ("gpt-explicit-mask", (2, 1)),
-    ("hf-gpt2", (2, 1)), ("hf-gpt2", (4, 4)), ("hf-llama-grouped", (2, 2)), ("hf-llama-grouped", (4, 1)),
-    ("hf-llama-one-kv-head", (2, 1)),
+    ("gpt", (2, 1)), ("gpt", (4, 4)), ("gpt-explicit-mask", (2, 1)), ("hf-gpt2", (4, 1)), ("hf-llama-grouped", (2, 2)),
 }  # fmt: skip
 
 
@@ -281,7 +279,7 @@ def test_positional_arguments() -> None:
     par.close()
 
 
-@pytest.mark.parametrize("name", ["gpt", "hf-gpt2", "hf-llama-grouped"])
+@pytest.mark.parametrize("name", ["gpt", "hf-gpt2", pytest.param("hf-llama-grouped", marks=pytest.mark.slow)])
 def test_ragged_labels_on_real_models(name: str) -> None:
     """A batch of 10 rows over 4 microbatches; the last row has one label, the first all."""
     torch.manual_seed(0)

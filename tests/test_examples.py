@@ -58,7 +58,9 @@ def torchrun(*arguments: str) -> str:
     return run("-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(port), *arguments)
 
 
-@pytest.mark.parametrize("start", ["threads", pytest.param("processes", marks=pytest.mark.slow), "torchrun"])
+@pytest.mark.parametrize(
+    "start", ["threads", pytest.param("processes", marks=pytest.mark.slow), pytest.param("torchrun", marks=pytest.mark.slow)]
+)
 def test_train_gpt_equals_the_untouched_model_in_all_three_places(start):
     arguments = ("examples/train_gpt.py", "--tp", "2", "--pp", "2", "--check", *TRAIN_SHORT)
     if start == "torchrun":
@@ -80,7 +82,7 @@ def test_train_gpt_equals_the_untouched_model_in_all_three_places(start):
 @pytest.mark.parametrize(
     ("start", "degrees"),
     [("threads", "--tp 1 --pp 2 --dp 2"), pytest.param("processes", "--tp 2 --pp 2 --dp 1", marks=pytest.mark.slow),
-     ("torchrun", "--tp 2 --pp 1 --dp 2")],
+     pytest.param("torchrun", "--tp 2 --pp 1 --dp 2", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_finetune_hf_learns_in_all_three_places(start, degrees):
     arguments = ("examples/finetune_hf.py", *degrees.split(), "--rows", "8", "--seq", "32", "--steps", "12", "--evaluate", "6")

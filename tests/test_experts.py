@@ -24,7 +24,7 @@ _MOE: dict[str, dict[str, Any]] = {
     "Phimoe": dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 GROUPED, BATCHED = "grouped_mm", "batched_mm"
-QUICK = [("Mixtral", GROUPED), ("GptOss", GROUPED), ("DeepseekV3", BATCHED)]
+QUICK = [("Mixtral", GROUPED), ("DeepseekV3", BATCHED)]
 
 
 def example(kind: str, experts: str) -> Example:
@@ -85,6 +85,6 @@ def test_low_precision_takes_the_kernel_of_torch() -> None:
     check_placements(plan)
     small = example("Qwen2Moe", GROUPED)
     small.model.bfloat16()
-    plan = autopar.parallelize(small.model, small.inputs, tp=2).plan
-    assert str(plan.placements["model.layers.0.mlp.experts.down_proj"]) == "4 32 24"
-    assert torch.isfinite(autopar.parallelize(small.model, small.inputs, tp=2).step(**small.inputs))
+    par = autopar.parallelize(small.model, small.inputs, tp=2)
+    assert str(par.plan.placements["model.layers.0.mlp.experts.down_proj"]) == "4 32 24"
+    assert torch.isfinite(par.step(**small.inputs))

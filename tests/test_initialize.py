@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import causal_batch, tiny_gpt2, tiny_llama
+from reference import wide
 from torch import Tensor, nn
 
 import autopar
@@ -61,8 +62,15 @@ def whole(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}, {"dp": 2, "zero": 1}, {"dp": 2, "zero": 3}])
-@pytest.mark.parametrize("name", MODELS)
+LAYOUTS: list[dict[str, int]] = [{}, {"tp": 2, "pp": 2}, {"dp": 2, "zero": 1}, {"dp": 2, "zero": 3}]
+QUICK = [("gpt2", LAYOUTS[1]), ("llama", LAYOUTS[3])]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    wide([(name, layout) for name in MODELS for layout in LAYOUTS], lambda *case: case[0] == "plain" or case in QUICK),
+    ids=str,
+)
 def test_values_are_those_of_the_whole_model(name: str, layout: dict[str, int]) -> None:
     make, batch = MODELS[name]
     expected = whole(make)

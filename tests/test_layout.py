@@ -23,6 +23,7 @@ from passes.localize import localize
 from passes.loss import weigh_loss
 from passes.shard import shard
 from tests.models import GPT, gpt_batch
+from tests.reference import wide
 
 GPU = HARDWARE["a100-80gb"]
 
@@ -93,8 +94,9 @@ def totals(module: Any, tp: int, case: Traced, repeats: Any, graph_counts: Any) 
     return sums
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("tp", "name"), wide([(tp, name) for tp in (1, 2, 4) for name in ALL], lambda *case: case in ((4, "gpt"), (2, "untied")))
+)
 def test_a_folded_model_costs_what_the_whole_one_costs(name: str, tp: int) -> None:
     case = traced(name)
     module = whole(case)
@@ -203,7 +205,7 @@ def test_impossible_layouts(wrong: dict[str, Any]) -> None:
         Layout(**wrong)
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize(("tp", "pp"), wide([(1, 1), (2, 1), (1, 4), (2, 2)], lambda *mesh: mesh in ((1, 4), (2, 2))))
 def test_plans_and_layouts_agree(tp: int, pp: int) -> None:
     with torch.device("meta"):
         model, batch = GPT(layers=8, dim=256, heads=8, context=128), gpt_batch(rows=16, tokens=128)

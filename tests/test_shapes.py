@@ -65,7 +65,7 @@ def test_other_rows_and_lengths(mesh: tuple[int, int]) -> None:
     par.close()
 
 
-@pytest.mark.parametrize("mesh", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((2, 1), marks=pytest.mark.slow), (2, 2)])
 def test_a_length_that_is_fixed_is_rebuilt_with_one_line(mesh: tuple[int, int]) -> None:
     model = Recurrent()
     par = autopar.parallelize(model, sequences(4, 6), tp=mesh[0], pp=mesh[1], microbatches=2)
@@ -105,7 +105,7 @@ def test_training_goes_on_across_shapes() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:autopar")
-@pytest.mark.parametrize("mesh", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((2, 1), marks=pytest.mark.slow), (2, 2)])
 def test_forward_with_and_without_targets(mesh: tuple[int, int]) -> None:
     model, batch = gpt(), gpt_batch(6, 12)
     par = autopar.parallelize(model, gpt_batch(8, 16), tp=mesh[0], pp=mesh[1], microbatches=4)
@@ -140,7 +140,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:autopar")
-@pytest.mark.parametrize("mesh", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((2, 1), marks=pytest.mark.slow), (2, 2)])
 def test_wrong_batches_are_refused_and_lose_nothing(mesh: tuple[int, int]) -> None:
     model = gpt()
     par = autopar.parallelize(model, gpt_batch(8, 16), tp=mesh[0], pp=mesh[1], microbatches=4)

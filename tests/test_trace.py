@@ -53,7 +53,7 @@ def test_hugging_face_models_are_equal_to_the_bit(build: Any) -> None:
     assert model.config.use_cache is True
 
 
-@pytest.mark.parametrize("build", [GPT, tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("build", [GPT, tiny_llama, pytest.param(tiny_gpt2, marks=pytest.mark.slow)])
 def test_a_model_on_the_meta_device_gives_the_same_graph(build: Any) -> None:
     batch = gpt_batch() if build is GPT else causal_batch()
     real = trace(build(), (), batch)

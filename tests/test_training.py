@@ -50,15 +50,10 @@ def alone(name: str, microbatches: int = MICROBATCHES) -> tuple[list[Tensor], di
 
 
 PIPELINES = [(name, pp, schedule) for name in MODELS for pp in (2, 4) for schedule in ("naive", "gpipe", "1f1b")]
-QUICK = {
-    ("gpt-untied", 2, "naive"),
-    ("hf-llama-grouped", 2, "gpipe"),
-    ("hf-llama-grouped", 4, "1f1b"),
-    ("hf-gpt2", 4, "1f1b"),
-}
+QUICK = {("gpt", 2, "gpipe"), ("gpt", 4, "1f1b"), ("gpt-untied", 2, "naive"), ("hf-llama-grouped", 2, "1f1b")}
 
 
-@pytest.mark.parametrize(("name", "pp", "schedule"), wide(PIPELINES, lambda *case: case[0] == "gpt" or case in QUICK))
+@pytest.mark.parametrize(("name", "pp", "schedule"), wide(PIPELINES, lambda *case: case in QUICK))
 def test_a_pipeline_trains_to_the_same_bits_as_one_process(name: str, pp: int, schedule: str) -> None:
     model, batches = built(name), batches_of(name)
     par = autopar.parallelize(model, batches[0], pp=pp, microbatches=MICROBATCHES, schedule=schedule)
@@ -146,7 +141,7 @@ def test_processes_train_to_the_same_bits_as_one_process(one_thread: None, name:
 MESHES = [(2, 1), (4, 1), (2, 2), (4, 4)]
 
 
-QUICK_MESHES = {("gpt", (2, 1)), ("gpt", (4, 4)), ("hf-gpt2", (2, 2)), ("hf-llama-grouped", (4, 1))}
+QUICK_MESHES = {("gpt", (2, 1)), ("hf-gpt2", (2, 2)), ("hf-llama-grouped", (4, 1))}
 NAMES = ("gpt", "hf-gpt2", "hf-llama-grouped", "hf-llama-one-kv-head")
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from autopar.runtime.board import Board
 from autopar.runtime.world import World
 
-_TIMEOUT_SECONDS = 30.0
+_TIMEOUT_SECONDS = 120.0
 
 
 class RankThreads:

@@ -489,5 +489,5 @@ def lost(_: None) -> str:
 
 
 def test_a_replica_that_has_ended_is_an_error_on_the_others() -> None:
-    found = autopar.launch(lost, 2, None, timeout_seconds=60)
+    found = autopar.launch(lost, 2, None, timeout_seconds=240)
     assert "rank 1" in found[0]

@@ -72,7 +72,7 @@ def test_programs_do_not_tell_where_the_checkout_is(tmp_path):
         ]
         runs.append((folder, subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)))
     for _, run in runs:
-        _, errors = run.communicate(timeout=120)
+        _, errors = run.communicate(timeout=240)
         assert run.returncode == 0, errors
     for name in ("rank_0.py", "rank_3.py", "plan.json", "run.py"):
         texts = [(folder / "out" / name).read_bytes() for folder, _ in runs]
@@ -112,7 +112,7 @@ def trained(folder: Path, num_ranks: int, command: list[str]) -> list[float]:
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('models') is not None)"
     assert subprocess.run([sys.executable, "-c", probe], cwd=folder).returncode == 0, "the model's source is importable"
     result = subprocess.run(
-        [*TORCHRUN, str(num_ranks), *command], cwd=folder, capture_output=True, text=True, timeout=120
+        [*TORCHRUN, str(num_ranks), *command], cwd=folder, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr
     return [float(loss) for loss in re.findall(r"^step \d+: loss (\S+)$", result.stdout, re.MULTILINE)]

@@ -273,7 +273,7 @@ def job(folder: str, degrees: dict[str, int], dies: int) -> None:
         file.write(json.dumps([time.monotonic() - started, told]))
     os.rename(os.path.join(folder, f"{rank}.part"), os.path.join(folder, str(rank)))
     others = int(os.environ["WORLD_SIZE"]) - (dies >= 0)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len([name for name in os.listdir(folder) if name.isdigit()]) < others and time.monotonic() < deadline:
         time.sleep(0.05)  # the end of one process is not what tells another
 

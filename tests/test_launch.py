@@ -71,7 +71,7 @@ def steps(num_steps: int, die: tuple[int, str] | None = None, catch: bool = Fals
     if die is not None and rank == die[0]:
         line = f"        p = self.p\n        if x.shape[0] == 2:\n            {die[1]}\n"
         program = load_program(program.source.replace("        p = self.p\n", line), "<dying>")
-    world = World.from_environment(program.mesh, timeout_seconds=30)
+    world = World.from_environment(program.mesh, timeout_seconds=300)
     worker = Worker(program, world, parameters, {}, microbatches=4)
     losses = []
     for seed in range(num_steps):
@@ -113,10 +113,9 @@ def test_tensors_come_back_and_the_user_may_use_torch_distributed() -> None:
 
 
 def test_sixteen_ranks_start_quickly() -> None:
-    launch(raise_on, 1, -1)  # the server process imports torch once
-    started = time.monotonic()
-    assert launch(raise_on, 16, -1) == [0] * 16
-    assert time.monotonic() - started < 30, "sixteen imports of torch would take longer"
+    """All are forked from one process that has imported torch, which takes a process a second or more of its own."""
+    assert len(set(launch(os.getppid, 16))) == 1
+    assert max(launch(time.process_time, 16)) < 0.5
 
 
 def test_a_rank_that_raises_is_reported_with_its_traceback() -> None:
@@ -158,11 +157,11 @@ def test_closures_are_forked_where_that_is_safe() -> None:
     script = "from autopar.launch import launch\nword = 'closure'\nprint(launch(lambda: word, 2))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", script]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert ended.stdout == "['closure', 'closure']\n", ended.stderr
     # OpenMP's threads are running: a fork would hang
     script = script.replace("word =", "import torch; torch.set_num_threads(2); torch.ones(999999).add(1); word =")
-    ended = subprocess.run([*command[:-1], script], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([*command[:-1], script], capture_output=True, text=True, timeout=240)
     assert "cannot be sent to other processes" in ended.stderr
 
 
@@ -206,7 +205,7 @@ def survive(path: str, line: str) -> None:
             file.write(f"{seconds:.0f} {told}")
     except ValueError as error:
         failure = error
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while len(os.listdir(path)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     if failure is not None:
@@ -221,14 +220,14 @@ def survive(path: str, line: str) -> None:
     ],
 )
 def test_every_other_rank_is_told_who_failed_and_where(tmp_path: Any, line: str, says: str) -> None:
-    """Also rank 3, which has no transfer with rank 1, and long before the timeout of 30 seconds."""
+    """Also rank 3, which has no transfer with rank 1, and long before the timeout of 300 seconds."""
     with pytest.raises(RankFailed):
         launch(survive, 4, str(tmp_path), line)
     for rank in (0, 2, 3):
         seconds, told = (tmp_path / str(rank)).read_text().split(" ", 1)
         assert told.startswith(says), told
         assert f"in rank {rank} (pp {rank}, tp 0), in " in told and "waiting for rank" in told
-        assert int(seconds) < 10
+        assert int(seconds) < 60
 
 
 def test_the_same_under_torchrun(tmp_path: Any) -> None:
@@ -239,7 +238,7 @@ def test_the_same_under_torchrun(tmp_path: Any) -> None:
         f"torch.save(losses, os.path.join({str(tmp_path)!r}, os.environ['RANK'] + '.pt'))\n"
     )
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*command, str(tmp_path / "job.py")], check=True, timeout=120)
+    subprocess.run([*command, str(tmp_path / "job.py")], check=True, timeout=240)
     parameters = chain_parameters(2)
     whole = {name: tensor for part in parameters for name, tensor in part.items()}
     wanted = [accumulated(chain_loss, whole, batch_of(seed=seed), 4) for seed in range(2)]
@@ -257,11 +256,11 @@ def test_ctrl_c_stops_all_ranks(tmp_path: Any) -> None:
     job = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(tmp_path / "job.py")], stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(os.listdir(tmp_path / "pids")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     job.send_signal(signal.SIGINT)
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=240)
     assert "KeyboardInterrupt" in errors
     for pid in os.listdir(tmp_path / "pids"):
         with pytest.raises(ProcessLookupError):

@@ -349,7 +349,7 @@ def test_a_rank_that_raises_or_stalls_in_a_later_stage_of_its_is_named_with_the_
     model = GPT(layers=6, tied=False)
     batch = gpt_batch(rows=6)
     plan = autopar.parallelize(model, batch, pp=3, microbatches=3, schedule="interleaved-1f1b").plan
-    ranks = _threads_of(plan, model, "if B == 2 and self.fail: raise ValueError('here')", 4, 20)
+    ranks = _threads_of(plan, model, "if B == 2 and self.fail: raise ValueError('here')", 4, 120)
     for program in ranks._state:
         for cls in program[0].stages:
             cls.fail = False  # type: ignore[attr-defined]
@@ -360,7 +360,7 @@ def test_a_rank_that_raises_or_stalls_in_a_later_stage_of_its_is_named_with_the_
     with pytest.raises(RankFailed, match=r"rank 1 \(pp 1, tp 0\) failed in Forward\(0, chunk=1\): ValueError: here"):
         ranks.step(batch)
     ranks.close()
-    ranks = _threads_of(plan, model, "import time; time.sleep(3)", 4, 0.5)
+    ranks = _threads_of(plan, model, "import time; time.sleep(8)", 4, 2)
     with pytest.raises(RankFailed, match=r"rank 1 \(pp 1, tp 0\) does not answer; it is in Forward\(0, chunk=1\)"):
         ranks.step(batch)
     ranks.close()

@@ -161,7 +161,7 @@ def trains_equally(
     for part in copied(parameters):
         whole.update({name: tensor for name, tensor in part.items() if name not in whole})
     ours = copied(parameters)
-    ranks = ThreadRanks(programs, ours, [{} for _ in programs], programs[0].mesh, microbatches, timeout_seconds=20)
+    ranks = ThreadRanks(programs, ours, [{} for _ in programs], programs[0].mesh, microbatches, timeout_seconds=120)
     optimizer = torch.optim.AdamW([tensor for part in ours for tensor in part.values()], lr=0.01)
     expected = torch.optim.AdamW(whole.values(), lr=0.01)
     try:
@@ -203,7 +203,7 @@ def test_a_receive_after_the_compute_that_needs_it_is_refused() -> None:
     recv, *rest = programs[1].schedule
     assert recv == RecvActivation(0, source=0)
     programs[1] = dataclasses.replace(programs[1], schedule=(*rest, recv))
-    ranks = ThreadRanks(programs, chain_parameters(2), [{}] * 2, {"pp": 2, "tp": 1}, 4, timeout_seconds=20)
+    ranks = ThreadRanks(programs, chain_parameters(2), [{}] * 2, {"pp": 2, "tp": 1}, 4, timeout_seconds=120)
     with pytest.raises(BadPlan, match=r"No compute after RecvActivation\(0, source=0\) needs what it receives"):
         ranks.step(batch_of())
     ranks.close()
@@ -227,7 +227,7 @@ def test_gradients_are_added_to_what_is_there() -> None:
     parameters, whole = chain_parameters(2), {}
     for part in copied(parameters):
         whole.update(part)
-    ranks = ThreadRanks(chain(2, "1f1b", 2), parameters, [{}, {}], {"pp": 2, "tp": 1}, 2, timeout_seconds=20)
+    ranks = ThreadRanks(chain(2, "1f1b", 2), parameters, [{}, {}], {"pp": 2, "tp": 1}, 2, timeout_seconds=120)
     for seed in range(3):
         ranks.step(batch_of(seed=seed))
         accumulated(chain_loss, whole, batch_of(seed=seed), 2)
@@ -360,7 +360,7 @@ def test_a_tied_weight_over_steps_without_zero_grad(exact: bool) -> None:
     programs, parameters = tied_programs(exact)
     assert programs[0].stage.TIED_EXACT is exact
     whole = copied(parameters)[0]
-    ranks = ThreadRanks(programs, parameters, [{}] * 3, {"pp": 3, "tp": 1}, 4, timeout_seconds=20)
+    ranks = ThreadRanks(programs, parameters, [{}] * 3, {"pp": 3, "tp": 1}, 4, timeout_seconds=120)
     for seed in range(3):
         ranks.step(batch_of(seed=seed))
         accumulated(tied_loss, whole, batch_of(seed=seed), 4)
@@ -432,7 +432,7 @@ def test_tensor_parallel_by_pipeline_parallel(tp: int) -> None:
         h = F.linear(F.gelu(F.linear(x * p["scale"], p["up"])), p["down"])
         return F.cross_entropy(F.linear(h, p["head.w"]).flatten(0, 1), labels.flatten())
 
-    ranks = ThreadRanks(programs, parameters, [{}] * (2 * tp), mesh, 3, timeout_seconds=20)
+    ranks = ThreadRanks(programs, parameters, [{}] * (2 * tp), mesh, 3, timeout_seconds=120)
     for seed in range(2):  # the second adds to the first: what is summed over tp must not be summed again
         loss = ranks.step(batch_of(seed=seed))
         torch.testing.assert_close(loss, accumulated(reference, whole, batch_of(seed=seed), 3), rtol=1e-6, atol=1e-6)
@@ -450,7 +450,7 @@ def test_tensor_parallel_by_pipeline_parallel(tp: int) -> None:
 def test_forward_only() -> None:
     parameters = chain_parameters(3)
     whole = {name: tensor for part in parameters for name, tensor in part.items()}
-    ranks = ThreadRanks(chain(3, "1f1b", 4), parameters, [{}] * 3, {"pp": 3, "tp": 1}, 4, timeout_seconds=20)
+    ranks = ThreadRanks(chain(3, "1f1b", 4), parameters, [{}] * 3, {"pp": 3, "tp": 1}, 4, timeout_seconds=120)
     batch = batch_of()
     first, second, last = ranks.forward(batch)
     ranks.close()
@@ -465,7 +465,7 @@ def test_forward_only() -> None:
 
 
 def test_a_batch_of_ignored_labels_gives_nan_as_the_model_does() -> None:
-    ranks = ThreadRanks(chain(2, "1f1b", 2), chain_parameters(2), [{}, {}], {"pp": 2, "tp": 1}, 2, timeout_seconds=20)
+    ranks = ThreadRanks(chain(2, "1f1b", 2), chain_parameters(2), [{}, {}], {"pp": 2, "tp": 1}, 2, timeout_seconds=120)
     batch = batch_of()
     batch["labels"].fill_(-100)
     assert ranks.step(batch).isnan()
@@ -500,7 +500,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_sent(
 
 
 def test_a_refused_batch_leaves_the_ranks_usable() -> None:
-    ranks = ThreadRanks(chain(2, "1f1b", 4), chain_parameters(2), [{}, {}], {"pp": 2, "tp": 1}, 4, timeout_seconds=20)
+    ranks = ThreadRanks(chain(2, "1f1b", 4), chain_parameters(2), [{}, {}], {"pp": 2, "tp": 1}, 4, timeout_seconds=120)
     with pytest.raises(BadArgument, match="3 rows"):
         ranks.step(batch_of(rows=3))
     assert ranks.step(batch_of()).isfinite()
@@ -548,7 +548,7 @@ def test_a_ring_gives_a_buffer_again_only_when_nothing_refers_to_it() -> None:
 
 
 def test_receive_buffers_are_used_again() -> None:
-    ranks = ThreadRanks(chain(2, "1f1b", 4), chain_parameters(2), [{}, {}], {"pp": 2, "tp": 1}, 4, timeout_seconds=20)
+    ranks = ThreadRanks(chain(2, "1f1b", 4), chain_parameters(2), [{}, {}], {"pp": 2, "tp": 1}, 4, timeout_seconds=120)
     for seed in range(5):
         ranks.step(batch_of(rows=8, seed=seed))
     workers = [rank.worker for rank in ranks._ranks]
@@ -572,7 +572,7 @@ def on_threads(mesh: dict[str, int], work: Callable[[World], Any]) -> list[Any]:
     store, memory, results = dist.HashStore(), Board.memory(num_ranks), [None] * num_ranks
 
     def run(rank: int) -> None:
-        world = World.in_thread(mesh, rank, store, memory, timeout_seconds=20)
+        world = World.in_thread(mesh, rank, store, memory, timeout_seconds=120)
         results[rank] = work(world)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(num_ranks)]
@@ -652,7 +652,7 @@ def failing(num_stages: int, stage: int, line: str) -> list[Program]:
 
 def test_a_rank_that_raises_ends_the_step_everywhere() -> None:
     programs = failing(4, 1, "if x.shape[0] == 2: raise ValueError('too few')")
-    ranks = ThreadRanks(programs, chain_parameters(4), [{}] * 4, {"pp": 4, "tp": 1}, 4, timeout_seconds=20)
+    ranks = ThreadRanks(programs, chain_parameters(4), [{}] * 4, {"pp": 4, "tp": 1}, 4, timeout_seconds=120)
     assert ranks.step(batch_of(rows=12)).isfinite()
     with pytest.raises(
         RankFailed, match=r"rank 1 \(pp 1, tp 0\) failed in Forward\(2\): ValueError: too few"
@@ -666,8 +666,8 @@ def test_a_rank_that_raises_ends_the_step_everywhere() -> None:
 
 def test_a_rank_that_stalls_is_named_by_the_others() -> None:
     """Stage 0 stalls; stage 2 only waits for stage 1, which waits for it."""
-    programs = failing(3, 0, "import time; time.sleep(3 if x.shape[0] == 2 else 0)")
-    ranks = ThreadRanks(programs, chain_parameters(3), [{}] * 3, {"pp": 3, "tp": 1}, 4, timeout_seconds=0.5)
+    programs = failing(3, 0, "import time; time.sleep(8 if x.shape[0] == 2 else 0)")
+    ranks = ThreadRanks(programs, chain_parameters(3), [{}] * 3, {"pp": 3, "tp": 1}, 4, timeout_seconds=2)
     with pytest.raises(RankFailed, match=r"rank 0 \(pp 0, tp 0\) does not answer; it is in Forward\(2\)"):
         ranks.step(batch_of())
     ranks.close()
@@ -682,7 +682,7 @@ def test_the_traceback_shows_the_program_s_line(capsys: pytest.CaptureFixture[st
         [{}] * 2,
         {"pp": 2, "tp": 1},
         4,
-        timeout_seconds=20,
+        timeout_seconds=120,
     )
     with pytest.raises(RankFailed) as caught:
         ranks.step(batch_of())

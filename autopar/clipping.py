@@ -1,9 +1,9 @@
 """Gradient norms over all ranks, and clipping: what `torch.nn.utils.clip_grad_norm_` does for one device.
 
 A rank contributes the gradients of which it holds the piece to count (a copy of a whole tensor, a tied weight's further stages and other
-replicas do not), as one number: the sum of |g|^p, or the largest |g|. The numbers of all ranks are gathered, not reduced, and combined in
-one order: so every rank gets the same norm to the last bit, and sees alike what is not finite on one of them only, also in a maximum,
-where a reduction may lose a NaN. Sums are made in float64.
+replicas do not, unless they are not finite), as one number: the sum of |g|^p, or the largest |g|. The numbers of all ranks are gathered,
+not reduced, and combined in one order: so every rank gets the same norm to the last bit, and sees alike what is not finite on one of them
+only, also in a maximum, where a reduction may lose a NaN. Sums are made in float64.
 """
 
 from __future__ import annotations
@@ -43,9 +43,13 @@ def checked_norm_type(norm_type: float) -> float:
     return value
 
 
-def norm_part(gradients: Iterable[torch.Tensor], norm_type: float, device: torch.device | str) -> torch.Tensor:
-    """A rank's part of a norm, 0-dim float64: the sum of |g|^norm_type, or the largest |g|. 0 for no gradients."""
-    return combined_parts([_part(each, norm_type) for each in gradients if each.numel()], norm_type, device)
+def norm_part(held: Iterable[tuple[torch.Tensor, bool]], norm_type: float, device: torch.device | str) -> torch.Tensor:
+    """A rank's part of a norm, 0-dim float64: the sum of |g|^norm_type, or the largest |g|, of the gradients that count here.
+
+    0 for none. Of the others, copies of what counts elsewhere, only that one is not finite is seen: the part is nan then.
+    """
+    parts = [_part(each, norm_type) if counts else _part(each, math.inf) * 0.0 for each, counts in held if each.numel()]
+    return combined_parts(parts, norm_type, device)
 
 
 def _part(gradient: torch.Tensor, norm_type: float) -> torch.Tensor:

@@ -26,7 +26,7 @@ from autopar.planner import as_planned, fingerprint, make_plan
 from autopar.program import Program, load_program
 from autopar.ranks import ProcessRank, Ranks, ThreadedRanks
 from autopar.runtime.compiled import Compile
-from autopar.runtime.world import check_world_size, launched
+from autopar.runtime.world import World, check_world_size, launched
 from autopar.step_profile import StepProfile, step_profile
 from autopar.trace import Traced, trace
 from costmodel.errors import AutoparError, BadArgument, BadPlan, DoesNotFit
@@ -222,13 +222,16 @@ class ParallelModel:
                     use="loss_fn=..., or a forward that returns the loss (pass the labels)",
                 )  # fmt: skip
         except AutoparError as error:
-            if not alone and self._plan is not None:
-                with suppress(BadArgument):
+            with suppress(BadArgument):
+                if not alone and self._plan is not None:
                     self._ranks().rows_of_all("", 0, str(error))
+                elif self._plan is None and launched():
+                    World.from_environment(self._options.mesh, device=self._options.device, refusal=str(error))
             raise
         rows = sizes.get("B", form.plan.microbatches)
         if not alone:
-            shape = ", ".join([*form.traced.inputs, *(f"{name}={size}" for name, size in sizes.items() if name != "B")])
+            given = (f"{name} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in batch.items())
+            shape = ", ".join([*given, *(f"{name}={size}" for name, size in sizes.items() if name != "B")])
             rows = self._ranks().rows_of_all(shape, rows)
         return self._with_rows(form, rows), batch
 
@@ -293,7 +296,8 @@ class ParallelModel:
         except AutoparError as error:
             if misfit is None:
                 raise
-            raise BadArgument(misfit.what, where=misfit.where, why=misfit.why or str(error), use=misfit.use) from error
+            why = misfit.why or (None if error.what == misfit.what else str(error))
+            raise BadArgument(misfit.what, where=misfit.where, why=why, use=misfit.use) from error
         if misfit is not None:
             warnings.warn(f"autopar: programs rebuilt for another form of the call ({misfit.what})", stacklevel=5)
         form = _Form(traced, plan, self._once(plan, traced), self.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -276,13 +277,13 @@ class ThreadedRanks:
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
         for held in self.held_of:
             held.check_summed("clip_grad_norm_")
-        counted = [
-            parameter.grad
+        gradients = [
+            (parameter.grad, _counts_here(self.plan, self.plan.coords(rank), name))
             for rank, (parameters, shards) in enumerate(zip(self.parameters_of, self.shards_of, strict=True))
             for name, parameter in (parameters if shards is None else shards.of).items()
-            if parameter.grad is not None and _counts_here(self.plan, self.plan.coords(rank), name)
+            if parameter.grad is not None
         ]
-        part = norm_part(counted, norm_type, self.device)
+        part = norm_part(gradients, norm_type, self.device)
         dtype = norm_dtype(value for value in self.traced.state.values() if value.requires_grad)
         return clip_by_part((p for _, p in self.named_parameters()), part, max_norm, norm_type, error_if_nonfinite, dtype)
 
@@ -374,6 +375,13 @@ def _whole_output(plan: Plan, text: str, pieces: list[torch.Tensor]) -> torch.Te
     return whole_tensor(pieces, placement, int(size) if is_padded(size, placement, plan.mesh[axis]) else None)
 
 
+def _shared_text(plan: Plan) -> str:
+    """What the plans of all ranks must have alike. Replicas' example batches, and so predictions and microbatches, may differ in rows."""
+    stages = [[*stage.parameters.items(), *stage.buffers.items()] for stage in plan.stages]
+    shared = repr((plan.mesh, plan.stage_ranks, plan.zero, plan.precision, plan.inputs, stages))
+    return hashlib.blake2b(shared.encode(), digest_size=3).hexdigest()
+
+
 class ProcessRank:
     """This process as one rank of a job."""
 
@@ -382,12 +390,13 @@ class ProcessRank:
         compile: Compile = False,
     ) -> None:  # fmt: skip
         self.plan, self.traced, self.seed, self.compile = plan, traced, seed, compile
-        self.world: World = World.from_environment(plan.mesh, device=device) if like is None else like.world
+        self.world: World = World.from_environment(plan.mesh, device=device, plan=_shared_text(plan)) if like is None else like.world
         self.rank, self.coords = self.world.rank, self.world.coords
         if like is None:
             self.parameters, self.buffers = local_tensors(
                 plan, self.rank, whole_state(traced), self.world.device, _requires_grad(traced)
             )
+            self._begin_alike()
             self.shards = _shards_of(plan, self.rank, self.parameters)
             self.held = HeldGradients(self.parameters, self.shards)
         else:
@@ -398,6 +407,14 @@ class ProcessRank:
         self.loss_scale = _loss_scale(plan, like)
         self._worker: Worker | None = None
         self._training = True
+
+    def _begin_alike(self) -> None:
+        """All replicas begin with the first one's values, whatever each process's model has, as in DistributedDataParallel."""
+        replicas = self.world.axis("dp")
+        if replicas.size > 1:
+            for tensor in (*self.parameters.values(), *self.buffers.values()):
+                if not tensor.is_meta:
+                    tensor.detach().copy_(replicas.broadcast(tensor.detach().contiguous(), 0))
 
     @property
     def worker(self) -> Worker:
@@ -463,12 +480,12 @@ class ProcessRank:
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
         self.held.check_summed("clip_grad_norm_")
-        counted = [
-            parameter.grad
+        gradients = [
+            (parameter.grad, _counts_here(self.plan, self.coords, name))
             for name, parameter in (self.parameters if self.shards is None else self.shards.of).items()
-            if parameter.grad is not None and _counts_here(self.plan, self.coords, name)
+            if parameter.grad is not None
         ]
-        part = norm_part(counted, norm_type, self.world.device)
+        part = norm_part(gradients, norm_type, self.world.device)
         part = over_axes(part, norm_type, [axis.all_gather for axis in self._axes()])
         dtype = norm_dtype(value for value in self.traced.state.values() if value.requires_grad)
         return clip_by_part((p for _, p in self.named_parameters()), part, max_norm, norm_type, error_if_nonfinite, dtype)

@@ -474,6 +474,47 @@ def test_processes_train_as_one_device_does_and_refuse_batches_together() -> Non
     assert all(abs(found["another number of rows"] - model_loss(model, both).item()) <= LOSS_TOLERANCE for found in ranks)
 
 
+def uneasy(_: None) -> dict[str, Any]:
+    """Two ranks whose processes do not do the same: what each is told, and what they begin with."""
+    import os
+
+    rank = int(os.environ["RANK"])
+    batch = batches_of("mixed", 1)[0]
+    found: dict[str, Any] = {}
+    torch.manual_seed(rank)
+    par = autopar.parallelize(MODELS["mixed"](), own_rows(batch, 0, 2), dp=2)
+    found["begins with"] = next(par.parameters()).detach().clone()
+    par.step(**own_rows(batch, rank, 2))
+    if rank == 1:
+        next(par.parameters()).grad.fill_(torch.nan)  # type: ignore[union-attr]
+    found["norm"] = par.clip_grad_norm_(1.0).item()
+    par.close()
+
+    def told(what: str, call: Callable[[], Any]) -> None:
+        try:
+            found[what] = call().item()
+        except BadArgument as error:
+            found[what] = str(error)
+
+    par = autopar.parallelize(built("mixed"), dp=2)
+    told("nothing in the first step", lambda: par.step(**(batch if rank == 0 else {})))
+    told("rows of the first step", lambda: par.step(**{key: value[: 4 - rank] for key, value in batch.items()}))
+    par.close()
+    other = autopar.parallelize(built("mixed"), batch, dp=2, zero=rank)
+    told("another plan", lambda: other.step(**batch))
+    return found
+
+
+def test_ranks_that_do_not_do_the_same_are_told_so_or_made_alike() -> None:
+    ranks = autopar.launch(uneasy, 2, None, timeout_seconds=120)
+    assert torch.equal(ranks[0]["begins with"], ranks[1]["begins with"]), "the values of the first replica"
+    assert all(math.isnan(found["norm"]) for found in ranks), "a copy that is not finite is seen by all"
+    assert "rank 1 cannot take part" in ranks[0]["nothing in the first step"]
+    assert "cannot take these arguments" in ranks[1]["nothing in the first step"]
+    assert ranks[0]["rows of the first step"] == ranks[1]["rows of the first step"]
+    assert all("rank 1 cannot take part\n  because its plan is another" in found["another plan"] for found in ranks)
+
+
 def lost(_: None) -> str:
     """One replica ends before its second step; the others must not wait for it."""
     import os

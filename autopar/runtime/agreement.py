@@ -1,4 +1,5 @@
-"""What replicas tell each other before a step, so that a batch that does not fit is an error on all of them and a hang on none.
+"""What ranks tell each other before they run: that they have one plan; and replicas before a step, so that a batch that does not fit is
+an error on all of them and a hang on none.
 
 A replica whose batch is of another shape than its peers', that has none, or that refuses it for a reason of its own must not leave the
 others waiting in the middle of a step. So each brings a digest of its batch's sizes, its number of rows, and whether it refuses: three
@@ -8,13 +9,36 @@ integers, gathered over the replicas. Only when they disagree are words exchange
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from autopar.runtime.axis import Axis
 from costmodel.errors import BadArgument
 
 _WORDS_BYTES = 600
+
+
+def agree_on_plan(
+    store: dist.Store, rank: int, num_ranks: int, plan: str, refusal: str | None, timeout_seconds: float
+) -> None:
+    """Return once all ranks have come with the same plan. Of a rank that has none, `refusal` says why.
+
+    BadArgument, on all ranks, if one refuses or has another plan than rank 0.
+    """
+    if rank == 0:
+        store.set("plan", plan)
+    elif refusal is None and store.get("plan").decode() not in ("", plan):
+        refusal = "its plan is another than rank 0's: other arguments of parallelize, another model or example inputs of another form"
+    if refusal is not None:
+        store.set("refusal", f"rank {rank} cannot take part\n{refusal}")
+    if store.add("have a plan", 1) == num_ranks:
+        store.set("all came", "")
+    store.wait(["all came"], timedelta(seconds=timeout_seconds))
+    if store.check(["refusal"]):
+        what, _, why = store.get("refusal").decode().partition("\n")
+        raise BadArgument(what, why=why, use="the same model, options and kind of batch on every rank")
 
 
 def agree(axis: Axis, shape: str, rows: int, refusal: str | None, device: torch.device) -> list[int]:

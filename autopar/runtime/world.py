@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from autopar.runtime.agreement import agree_on_plan
 from autopar.runtime.axis import GlooAxis, GroupAxis, LocalAxis, TransferFailed
 from autopar.runtime.board import BETWEEN_STEPS, BYSTANDER, COMPUTING, FAILED, STOPPED, Board, padded
 from autopar.runtime.staging import StagedAxis, staged_recv, staged_send
@@ -113,9 +114,12 @@ class World:
 
     @classmethod
     def from_environment(
-        cls, mesh: Mapping[str, int], *, device: torch.device | str = "cpu", timeout_seconds: float = TIMEOUT_SECONDS
-    ) -> World:
+        cls, mesh: Mapping[str, int], *, device: torch.device | str = "cpu", timeout_seconds: float = TIMEOUT_SECONDS,
+        plan: str = "", refusal: str | None = None,
+    ) -> World:  # fmt: skip
         """This process's rank, from RANK and WORLD_SIZE; alone if they are not set. WorldSizeMismatch.
+
+        plan: what all ranks must have alike; refusal: why this one has none (BadArgument, on all ranks: see `agreement.py`).
 
         Initialises torch.distributed's default group if the job has none: state dicts of DTensors need it, and it has
         the store.
@@ -140,6 +144,7 @@ class World:
         # a job may hold several worlds, one after the other or at once: each rank counts its own
         number = job_store.add(f"autopar/worlds/{rank}", 1)
         store = dist.PrefixStore(f"autopar/{number}", job_store)
+        agree_on_plan(store, rank, num_ranks, plan, refusal, timeout_seconds)
         return cls(
             mesh, rank, Board.of_processes(rank, num_ranks, store), store,
             device=device, nccl=nccl, one_machine=local_num_ranks == num_ranks, timeout_seconds=timeout_seconds,

@@ -60,7 +60,65 @@ def test_both_forms_of_a_file_say_the_same(published: Any, tmp_path: Path) -> No
     assert [each["step_time_s"] for each in records] == [2.5, 3.0]
     published.write_csv(records, tmp_path / "records.csv")
     columns = published.records_of(tmp_path / "records.csv")
-    assert all(a[key] == b.get(key) for a, b in zip(columns, records, strict=True) for key in published.COLUMNS)
+    header = (tmp_path / "records.csv").read_text().splitlines()[0].split(",")
+    assert all(a[key] == b.get(key) for a, b in zip(columns, records, strict=True) for key in header)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": None}, "has no layers"),
+        ({"layers": "four"}, "layers is 'four'"),
+        ({"heads": 7}, "heads is 7, which does not divide"),
+        ({"gpu": "TPU v4"}, "no profile of the GPU 'TPU v4'"),
+        ({"gpu": None}, "no profile of the GPU"),
+        ({"precision": "int4"}, "precision is 'int4'"),
+        ({"recompute": "blocks"}, "recompute is 'blocks'"),
+        ({"schedule": "best"}, "no schedule 'best'"),
+        ({"schedule": "zb-h1", "vpp": 2}, "zb-h1"),
+        ({"ep": 4}, "ep is 4"),
+        ({"step_time_s": -1.0}, "step_time_s is -1.0"),
+        ({"global_batch": 0}, "global_batch is 0"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_its_own_error(published: Any, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    row = published.row_of(record(**changes), published.Predictor(tmp_path))
+    assert message in row["error"] and row["predicted_s"] is None
+    figures = published.compared([row])
+    assert (figures["n"], figures["timed"], figures["failed"]) == (1, 0, 1)
+
+
+def test_other_words_for_the_same_job(published: Any, tmp_path: Path) -> None:
+    predictor = published.Predictor(tmp_path)
+    plain = published.row_of(record(), predictor)
+    for changes in ({"schedule": None}, {"schedule": "1F1B"}, {"dp": None}, {"n_gpus": None}, {"layers": 6.0}, {"precision": "FP16 mixed"}):
+        assert published.row_of(record(**changes), predictor) == plain, changes
+    looped = published.row_of(record(vpp=2, schedule="interleaved"), predictor)
+    assert looped["error"] is None and published.row_of(record(vpp=2), predictor) == looped
+    assert published.row_of(record(global_batch=33), predictor)["predicted_s"] > plain["predicted_s"]
+
+
+@pytest.mark.parametrize("gpu", ["H200", "B200 SXM", "GB200 NVL72", "GH200", "NVIDIA L40S", "GeForce RTX 4090", "V100-SXM2", "H100-SXM"])
+def test_every_gpu_that_there_is_a_profile_of(published: Any, tmp_path: Path, gpu: str) -> None:
+    row = record(gpu=gpu, mlp_matrices=3, kv_heads=2, gpus_per_node=4)
+    profile = published.hardware_of(row)
+    assert profile.name.split("-")[-1 if "4090" in gpu else 0] in gpu.lower()
+    assert profile.devices_per_node == {"GB200 NVL72": 72, "GH200": 32}.get(gpu, 4)
+    assert published.row_of(row, published.Predictor(tmp_path))["predicted_s"] > 0
+
+
+def test_a_file_that_cannot_be_read_is_one_message(published: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text, message in (("", "is not JSON"), ('[{"id":', "is not JSON"), ("{}", "no list of records")):
+        (tmp_path / "broken.json").write_text(text)
+        assert published.main([str(tmp_path / "broken.json")]) == 2
+        assert message in capsys.readouterr().err
+    assert published.main([str(tmp_path / "none.json")]) == 2
+    (tmp_path / "mixed.json").write_text(json.dumps([None, {"id": 7}, record(suite="mine")]))
+    assert published.main([str(tmp_path / "mixed.json"), "--json", "--cache", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert [row["error"] is None for row in json.loads(captured.out)["rows"]] == [False, False, True]
+    assert "record 0" in captured.err and "7: BadArgument: the record has no layers" in captured.err
+    assert published.main([str(tmp_path / "mixed.json"), "--suite", "yours"]) == 2
 
 
 def test_the_arithmetic(published: Any) -> None:

@@ -11,7 +11,6 @@ What a record says of software becomes an option of the layout (`layout_of`), by
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import itertools
 import json
@@ -19,79 +18,40 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from published_models import Shape, built
+from published_records import Record, checked, records_of, write_csv
 
 from autopar.trace import trace
-from costmodel.errors import AutoparError
+from costmodel.errors import AutoparError, BadArgument
 from costmodel.hardware import HARDWARE, Hardware
 from passes.fold import Folded, fold
 from passes.folded_json import folded_from_json, folded_to_json
 from passes.layout import Layout, LayoutPrediction
 from passes.layout_evaluator import Evaluator
 from passes.loss import weigh_loss
+from passes.schedules import schedule as schedule_named
 
-Record = Mapping[str, Any]
 HERE = Path(__file__).resolve().parent
-SCHEDULES = {"none": "1f1b", "zb-1p": "zb-h1", "zb-2p": "zb-h2"}
-RECOMPUTES = {"full": "full", "selective": "products", "selective(op)": "alternate"}
-COLUMNS = (
-    "id", "suite", "model", "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "mlp_matrices", "seq_len", "gpu", "gpu_mem_GB",
-    "n_gpus", "gpus_per_node", "tp", "pp", "dp", "cp", "ep", "vpp", "zero", "micro_batch", "global_batch", "schedule", "recompute",
-    "sequence_parallel", "precision", "attention", "activation_cpu_offload", "step_time_s", "peak_mem_GB", "oom", "mem_unit", "group",
-    "notes", "table", "source",
-)  # fmt: skip
+# Words of records, in lower case, and what they are here.
+SCHEDULES = {"none": "1f1b", "interleaved": "interleaved-1f1b", "zb-1p": "zb-h1", "zb-2p": "zb-h2", "zbv": "zb-v"}
+RECOMPUTES = {"none": "none", "full": "full", "selective": "products", "selective(op)": "alternate"}
+PRECISIONS = {"fp8": "fp8", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "fp32": "fp32", "tf32": "fp32"}
+RACKS = (32, 72)  # devices of a node of Grace-Hopper and Grace-Blackwell, whatever a record calls a node
+GPUS = ("v100", "a100", "gb200", "gh200", "h100", "h200", "b200", "l40s", "4090")  # part of a record's name; none is in an earlier one
+BEFORE_FLASH = ("v100", "a100")  # on other GPUs attention is taken to be fused where a record does not say
 
 
-# ---- records ------------------------------------------------------------------------------------------------------------
-
-
-def records_of(path: Path) -> list[Record]:
-    """The records of a JSON or CSV file, measured values under their plain names."""
-    if path.suffix == ".csv":
-        with path.open(newline="") as file:
-            return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
-    return [_flat(record) for record in json.loads(path.read_text())]
-
-
-def _value(text: str) -> Any:
-    if text in ("", "True", "False"):
-        return {"": None, "True": True, "False": False}[text]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _flat(record: Record) -> Record:
-    measured, derived = record.get("measured") or {}, record.get("derived") or {}
-    seconds = measured.get("step_time_s") or derived.get("step_time_s")
-    if seconds is None and measured.get("tokens_per_s_per_gpu"):
-        tokens = (record.get("global_batch") or 0) * (record.get("seq_len") or 0)
-        seconds = tokens / measured["tokens_per_s_per_gpu"] / (record.get("n_gpus") or 1) or None
-    return {**record, "step_time_s": seconds, "peak_mem_GB": measured.get("peak_mem_GB"), "oom": measured.get("oom")}
-
-
-def write_csv(records: Sequence[Record], path: Path) -> None:
-    """The columns that predictions and comparisons need, and where each row is from."""
-    with path.open("w", newline="") as file:
-        rows = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        rows.writeheader()
-        rows.writerows({key: record.get(key) for key in COLUMNS} for record in records)
+# ---- what a record means --------------------------------------------------------------------------------------------------
 
 
 def _says(record: Record, *words: str) -> bool:
     text = " ".join(str(record.get(key) or "") for key in ("notes", "table", "gpu", "attention", "precision")).lower()
     return any(word in text for word in words)
-
-
-# ---- what a record means --------------------------------------------------------------------------------------------------
 
 
 def shape_of(record: Record) -> Shape:
@@ -104,29 +64,68 @@ def shape_of(record: Record) -> Shape:
         vocab = -(-vocab // multiple) * multiple
     gated = record.get("mlp_matrices") == 3
     flash = not _says(record, "unfused") and (
-        _says(record, "flash", "sdpa", "cudnn", "fused") or "H100" in str(record.get("gpu")) or gated
+        _says(record, "flash", "sdpa", "cudnn", "fused") or gated or gpu_of(record) not in BEFORE_FLASH
     )
-    fp16 = str(record.get("precision") or "fp16").startswith("fp16")
+    fp16 = precision_of(record) == "fp16"
     return Shape(
         record["layers"], hidden, record.get("ffn_hidden") or 4 * hidden, heads, record.get("kv_heads") or heads,
         vocab, gated, flash, 0.0 if flash else 0.1, torch.float16 if fp16 else torch.bfloat16, not gated,
     )  # fmt: skip
 
 
+def gpu_of(record: Record) -> str:
+    """Which of GPUS a record's is. BadArgument if it is none of them."""
+    text = str(record.get("gpu") or "").lower()
+    found = next((name for name in GPUS if name in text), None)
+    if found is None:
+        raise BadArgument(f"there is no profile of the GPU {record.get('gpu')!r}", use=f"one of {', '.join(GPUS)}")
+    return found
+
+
 def hardware_of(record: Record) -> Hardware:
-    """The profile of the record's GPU and fabric."""
-    gpu, memory = str(record.get("gpu") or "").lower(), record.get("gpu_mem_GB") or 80
+    """The profile of the record's GPU and fabric. Its nodes have as many devices as the record says, but for racks that are one node."""
+    gpu, memory = gpu_of(record), record.get("gpu_mem_GB") or 80
     fabric = "-omnipath" if _says(record, "omnipath", "omni-path", "opa") else "-roce" if _says(record, "roce") else ""
-    if "v100" in gpu:
+    if gpu == "v100":
         name = "v100-16gb" if memory <= 16 else "v100-32gb-omnipath" if record.get("gpus_per_node") == 4 else "v100-32gb"
-    elif "a100" in gpu:
+    elif gpu == "a100":
         name = f"a100-{'40' if memory <= 40 else '80'}gb" + (fabric or ("-4nic" if _says(record, "800 gbps") else ""))
-    elif "h100" in gpu:
+    elif gpu == "h100":
         name = "h100-96gb" if memory > 90 else "h100-sxm"
     else:
-        name = next((known for known in ("gb200", "b200", "gh200", "h200", "l40s") if known in gpu), "")
-        name = name or ("rtx-4090" if "4090" in gpu else "a100-80gb")
-    return HARDWARE[name if name in HARDWARE else name.rsplit("-", 1)[0]]
+        name = "rtx-4090" if gpu == "4090" else gpu
+    profile = HARDWARE[name if name in HARDWARE else name.rsplit("-", 1)[0]]
+    devices = record.get("gpus_per_node") or profile.devices_per_node
+    return profile if profile.devices_per_node in (devices, *RACKS) else replace(profile, devices_per_node=devices)
+
+
+def precision_of(record: Record) -> str:
+    """The first of PRECISIONS that the record names; fp16 where it says nothing. BadArgument if it names none."""
+    text = str(record.get("precision") or "fp16").lower()
+    places = {text.index(word): name for word, name in PRECISIONS.items() if word in text}
+    if not places:
+        raise BadArgument(f"precision is {record['precision']!r}", use=f"one of {', '.join(PRECISIONS)}")
+    return places[min(places)]
+
+
+def recompute_of(record: Record) -> str:
+    """BadArgument for what is none of RECOMPUTES; none where a record does not say."""
+    text = str(record.get("recompute") or "none").lower()
+    if text not in RECOMPUTES:
+        raise BadArgument(f"recompute is {record['recompute']!r}", use=f"one of {', '.join(RECOMPUTES)}")
+    return RECOMPUTES[text]
+
+
+def schedule_of(record: Record) -> tuple[str, int]:
+    """(schedule, stages a rank). Of several stages a rank, 1f1b is the interleaved one; BadArgument for one that is not known."""
+    pp, virtual = record.get("pp") or 1, record.get("vpp") or 1
+    if pp == 1:
+        return "1f1b", 1
+    text = str(record.get("schedule") or "none").lower()
+    row = schedule_named(SCHEDULES.get(text, text))
+    if row.name == "1f1b" and virtual > 1:
+        row = schedule_named("interleaved-1f1b")
+    return row.name, row.checked_virtual_stages(virtual if virtual > 1 else None)
 
 
 def layout_of(record: Record, folded: Folded) -> Layout:
@@ -136,20 +135,17 @@ def layout_of(record: Record, folded: Folded) -> Layout:
     """
     tp, pp, cp = (record.get(key) or 1 for key in ("tp", "pp", "cp"))
     dp = record.get("dp") or max(1, (record.get("n_gpus") or 1) // (tp * pp * cp))
-    virtual, zero = record.get("vpp") or 1, record.get("zero") or 0
+    schedule, virtual = schedule_of(record)
+    zero = record.get("zero") or 0
     rows, batch = record.get("micro_batch") or 1, record.get("global_batch") or dp
     sharded = zero == 3
-    schedule = str(record.get("schedule") or "none")
-    text = str(record.get("precision") or "fp16")
-    precision = next((name for name in ("fp8", "bf16", "fp16", "fp32") if text.startswith(name)), "bf16")
     overlap = {"dp", "cp"} if sharded or _says(record, "nemo") else set()
     overlap |= {"dp", "cp", "tp"} if _says(record, "overlap on", "overlap (user") else set()
     return Layout(
-        tp=tp, cp=cp, dp=dp, pp=pp, virtual_stages=virtual if pp > 1 else 1,
-        schedule=SCHEDULES.get(schedule, schedule) if pp > 1 else "1f1b", microbatch_rows=rows, microbatches=max(1, batch // (rows * dp)),
-        zero=zero, recompute=RECOMPUTES.get(str(record.get("recompute")), "none"), replay_all=not sharded,
-        sequence_parallel=bool(record.get("sequence_parallel")), precision=precision, overlap=frozenset(overlap),
-        blocks=blocks_of(folded, record["layers"], pp * virtual if pp > 1 else 1), offload=bool(record.get("activation_cpu_offload")),
+        tp=tp, cp=cp, dp=dp, pp=pp, virtual_stages=virtual, schedule=schedule, microbatch_rows=rows,
+        microbatches=max(1, -(-batch // (rows * dp))), zero=zero, recompute=recompute_of(record), replay_all=not sharded,
+        sequence_parallel=bool(record.get("sequence_parallel")), precision=precision_of(record), overlap=frozenset(overlap),
+        blocks=blocks_of(folded, record["layers"], pp * virtual), offload=bool(record.get("activation_cpu_offload")),
         split_sends=tp > 1, sums_each_microbatch=True, fused=not sharded or _says(record, "compile"),
     )  # fmt: skip
 
@@ -263,14 +259,15 @@ def _mean(values: Any) -> float | None:
 def row_of(record: Record, predictor: Predictor) -> dict[str, Any]:
     """One record beside its prediction."""
     row = {
-        "id": record.get("id"), "suite": record.get("suite") or "-", "measured_s": record.get("step_time_s"),
-        "measured_GB": record.get("peak_mem_GB"), "oom": record.get("oom"), "group": record.get("group"), "error": None,
+        "id": record.get("id"), "suite": str(record.get("suite") or "-"), "measured_s": record.get("step_time_s"),
+        "measured_GB": record.get("peak_mem_GB"), "oom": record.get("oom"), "group": str(record.get("group") or ""), "error": None,
         "predicted_s": None, "predicted_GB": None, "fits": None,
     }  # fmt: skip
     try:
+        record = checked(record)
         found = predictor.predict(record)
-    except (AutoparError, KeyError, TypeError) as error:
-        return {**row, "error": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # of this record: the others are compared
+        return {**row, "measured_s": None, "measured_GB": None, "error": f"{type(error).__name__}: {error}"}
     return {
         **row, "predicted_s": found.step_seconds, "predicted_GB": memory_GB(record, found), "fits": found.fits,
         "bubble": found.bubble_fraction, "exposed": dict(found.exposed_seconds), "optimizer_s": found.optimizer_seconds,
@@ -304,7 +301,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "autopar-published", help="folder of folded graphs")
     parser.add_argument("--write-csv", type=Path, help="write the records as CSV and stop")
     options = parser.parse_args(argv)
-    records = [r for r in records_of(options.file) if options.suite in (None, r.get("suite"))]
+    try:
+        records = records_of(options.file)
+    except AutoparError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    names = dict.fromkeys(str(r.get("suite") or "-") for r in records)
+    if options.suite not in (None, *names):
+        print(f"no suite {options.suite!r} in {options.file}: {', '.join(names)}", file=sys.stderr)
+        return 2
+    records = [r for r in records if options.suite in (None, str(r.get("suite") or "-"))]
     if options.write_csv:
         write_csv(records, options.write_csv)
         return 0
@@ -314,6 +320,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row_of(record, predictor))
         if sys.stderr.isatty():
             print(f"\r{index + 1} of {len(records)}", end="", file=sys.stderr)
+    for row in rows:
+        if row["error"] is not None:
+            print(f"{row['id']}: {row['error']}", file=sys.stderr)
     suites = list(dict.fromkeys(row["suite"] for row in rows))
     figures = {suite: compared([row for row in rows if row["suite"] == suite]) for suite in suites}
     figures["all"] = compared(rows)

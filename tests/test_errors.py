@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -192,6 +193,11 @@ def test_a_model_without_a_loss_cannot_step_but_runs_forward() -> None:
 # ---- plan files ----------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def split() -> autopar.Plan:
+    return parallelized(tp=2, pp=2).plan
+
+
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
         values = json.loads(path.read_text())
@@ -224,7 +230,7 @@ PLAN_FILES: list[tuple[Callable[[Path], Any], str]] = [
 @pytest.mark.parametrize(("edit", "says"), PLAN_FILES)
 def test_a_plan_file_that_is_wrong(tmp_path: Path, edit: Callable[[Path], Any], says: str) -> None:
     path = tmp_path / "plan.json"
-    parallelized(tp=2, pp=2).plan.save(path)
+    split().save(path)
     assert autopar.Plan.load(path).mesh == {"pp": 2, "tp": 2}
     edit(path)
     with pytest.raises(AutoparError, match=says) as caught:

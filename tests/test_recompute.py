@@ -191,7 +191,7 @@ def test_selective_keeps_the_results_of_matmuls_and_not_of_norms() -> None:
 
 
 def test_a_budget_is_kept_at_the_least_time() -> None:
-    model, batch = GPT(layers=6, dim=64, flash=False), gpt_batch(rows=8, tokens=32)
+    model, batch = GPT(layers=4, dim=64, flash=False), gpt_batch(rows=8, tokens=32)
     given: dict[str, Any] = {"pp": 2, "microbatches": 4}
     none, full = (autopar.parallelize(model, batch, **given, recompute=choice).plan for choice in ("none", "full"))
     most, least = none.predicted.peak_bytes, full.predicted.peak_bytes

@@ -372,7 +372,8 @@ def test_a_rank_that_raises_or_stalls_in_a_later_stage_of_its_is_named_with_the_
 @pytest.mark.parametrize(
     ("schedule", "compile"),
     [
-        *((schedule, "aot_eager") for schedule in ("1f1b", "zb-v")),
+        ("1f1b", "aot_eager"),
+        pytest.param("zb-v", "aot_eager", marks=pytest.mark.slow),
         *(pytest.param(schedule, True, marks=pytest.mark.slow) for schedule in SCHEDULES),
     ],
 )

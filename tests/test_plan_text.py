@@ -37,7 +37,7 @@ def test_the_printed_plan_is_the_golden(golden, monkeypatch):
     [
         (lambda: GPT(layers=2), gpt_batch, 1),
         (lambda: GPT(layers=16, tied=False), lambda: gpt_batch(rows=32), 16),
-        (lambda: tiny_llama(num_hidden_layers=4), causal_batch, 2),
+        pytest.param(lambda: tiny_llama(num_hidden_layers=4), causal_batch, 2, marks=pytest.mark.slow),
         (lambda: tiny_gpt2(n_layer=4), causal_batch, 4),
     ],
 )

@@ -49,7 +49,7 @@ def step_both(par: autopar.ParallelModel, model: nn.Module, batch: dict[str, Ten
     assert_equal_to(model, par, loss, expected)
 
 
-@pytest.mark.parametrize("mesh", [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("mesh", [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((1, 2), (2, 1))), (2, 2)])
 def test_other_rows_and_lengths(mesh: tuple[int, int]) -> None:
     """More rows, rows that the microbatches do not divide, fewer than microbatches, one; longer, shorter, a single token."""
     model = gpt()

@@ -101,7 +101,9 @@ def job(tp: int, pp: int, path: str) -> dict[str, int]:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[(2, 2), (4, 1)], ids=["tp=2 pp=2", "tp=4 pp=1"])
+@pytest.fixture(
+    scope="module", params=[(2, 2), pytest.param((4, 1), marks=pytest.mark.slow)], ids=["tp=2 pp=2", "tp=4 pp=1"]
+)
 def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     torch.save(model().state_dict(), path)

@@ -151,7 +151,9 @@ def test_verify_reports_each_broken_rule_and_nothing_else(name: str, monkeypatch
     assert report_of(name).ok
 
 
-@pytest.mark.parametrize(("name",), wide([(name,) for name in list(MUTATIONS)[:5]], lambda name: "all_reduce" in name or "gradient" in name))
+@pytest.mark.parametrize(
+    ("name",), wide([(name,) for name in list(MUTATIONS)[:5]], lambda name: "all_reduce" in name or "gradient" in name)
+)
 def test_in_bf16_too_though_more_may_differ(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     report = report_of(name, torch.bfloat16)
     assert report.ok and "in float64" in str(report), report

@@ -15,7 +15,8 @@ QUICK = (
     ("two_towers", 2, 2), ("keyword_only", 2, 2), ("contrastive", 1, 4), ("root_mean_square", 2, 2),
     ("class_weights", 1, 4), ("moving_average", 1, 4), ("other_types", 1, 4), ("shared_parameters", 1, 4),
     ("fixed_batch", 1, 2), ("autocast", 2, 2), ("odd_sizes", 4, 1),
-    ("phi3-sdpa", 2, 2), ("bert-sdpa", 2, 2), ("t5-sdpa", 2, 2), ("vit-sdpa", 1, 4), ("time_first", 2, 2), ("teacher", 2, 2), ("computed_weights", 2, 1), ("complex_rotary", 2, 2),
+    ("phi3-sdpa", 2, 2), ("bert-sdpa", 2, 2), ("t5-sdpa", 2, 2), ("vit-sdpa", 1, 4), ("time_first", 2, 2), ("teacher", 2, 2),
+    ("computed_weights", 2, 1), ("complex_rotary", 2, 2),
 )  # fmt: skip
 # In bf16: two loss terms from two stages, a ReLU near zero, batch statistics, deep cancellation.
 QUICK_BF16 = (("keyword_only", 1, 4), ("transformer", 2, 1), ("resnet_training", 2, 1))

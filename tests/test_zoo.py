@@ -8,7 +8,7 @@ import torch
 from zoo import LAYOUTS, ZOO
 from zoo_table import measure
 
-# One layout of each family: splits and cuts, fused weights, masks, BatchNorm, skips, tied weights, experts, and so on.
+# One layout of each family: splits and cuts, fused weights, masks, BatchNorm, skips, tied weights, and so on.
 QUICK = (
     ("mlp", 4, 1), ("attention_weights", 2, 2), ("transformer_encoder", 2, 2), ("transformer", 1, 4),
     ("gpt_by_hand", 4, 1), ("resnet", 2, 2), ("resnet_training", 1, 4), ("unet", 1, 4), ("lstm", 1, 2),
@@ -18,7 +18,7 @@ QUICK = (
     ("phi3-sdpa", 2, 2), ("bert-sdpa", 2, 2), ("t5-sdpa", 2, 2), ("vit-sdpa", 1, 4), ("time_first", 2, 2), ("teacher", 2, 2),
     ("computed_weights", 2, 1), ("complex_rotary", 2, 2),
 )  # fmt: skip
-# In bf16: two loss terms from two stages, a ReLU near zero, batch statistics, deep cancellation.
+# In bf16: two loss terms from two stages, a ReLU near zero, batch statistics.
 QUICK_BF16 = (("keyword_only", 1, 4), ("transformer", 2, 1), ("resnet_training", 2, 1))
 # The other layouts in bf16 are not in the CI run: rounding differs little between layouts.
 SLOW_BF16 = ((2, 2),)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autopar.options import profile_for
+from autopar.runtime.world import launched_ranks
 from autopar.search import search
 from costmodel.errors import BadArgument
 
@@ -25,10 +26,8 @@ def is_auto(options: Mapping[str, Any]) -> bool:
 
 def ranks_here(model: nn.Module) -> int:
     """The ranks of this job: those that were launched, else the GPUs if the model is on one, else the cores."""
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+    if torch.distributed.is_initialized() or "WORLD_SIZE" in os.environ:
+        return launched_ranks()
     first = next(model.parameters(), None)
     return torch.cuda.device_count() if first is not None and first.is_cuda else os.cpu_count() or 1
 

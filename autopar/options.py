@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from autopar.plan import Plan
 from autopar.precision import Precision, precision_named
 from autopar.runtime.compiled import Compile
+from autopar.runtime.world import launched, launched_ranks, ranks_per_node
 from costmodel.errors import BadArgument
 from costmodel.hardware import Hardware, nearest
 from costmodel.hardware import hardware as hardware_named
@@ -125,13 +126,19 @@ def device_for(device: torch.device | str | None, model: nn.Module) -> torch.dev
 
 
 def profile_for(hardware: str | Hardware | None, model: nn.Module) -> Hardware:
-    """The profile that is asked for; that of the device which the model is on for None."""
+    """The profile that is asked for; that of the device which the model is on for None. In a job on several nodes, with as many devices
+    a node as the job has ranks there. BadArgument as `ranks_per_node` raises it.
+    """
     if hardware is not None:
-        return hardware_named(hardware)
-    if device_for(None, model).type == "cuda":
+        profile = hardware_named(hardware)
+    elif device_for(None, model).type == "cuda":
         place = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return nearest(place.name, place.total_memory) or hardware_named("a100-80gb")
-    return hardware_named("cpu")
+        profile = nearest(place.name, place.total_memory) or hardware_named("a100-80gb")
+    else:
+        profile = hardware_named("cpu")
+    num_ranks = launched_ranks()
+    together = ranks_per_node(num_ranks) if launched() else num_ranks
+    return replace(profile, devices_per_node=together) if together < num_ranks else profile
 
 
 def model_name(model: nn.Module) -> str:

@@ -26,7 +26,7 @@ from autopar.planner import as_planned, fingerprint, make_plan
 from autopar.program import Program, load_program
 from autopar.ranks import ProcessRank, Ranks, ThreadedRanks
 from autopar.runtime.compiled import Compile
-from autopar.runtime.world import World, check_world_size, launched
+from autopar.runtime.world import World, check_world_size, launched, launched_ranks
 from autopar.step_profile import StepProfile, step_profile
 from autopar.trace import Traced, trace
 from costmodel.errors import AutoparError, BadArgument, BadPlan, DoesNotFit
@@ -94,19 +94,11 @@ def parallelize(
         mesh_order=mesh_order,
     )  # fmt: skip
     if launched():
-        check_world_size(_world_size(), options.mesh)
+        check_world_size(launched_ranks(), options.mesh)
     parallel = ParallelModel(model, options)
     if example_inputs is not None:
         parallel._trace(*call_arguments(example_inputs))
     return parallel
-
-
-def _world_size() -> int:
-    return (
-        torch.distributed.get_world_size()
-        if torch.distributed.is_initialized()
-        else int(os.environ.get("WORLD_SIZE", "1"))
-    )
 
 
 @dataclass(frozen=True)
@@ -439,6 +431,25 @@ class ParallelModel:
         """What precision="fp16-mixed" multiplies the next step's loss by (see `autopar.runtime.scaling`); None otherwise."""
         scale = self._ranks().loss_scale
         return None if scale is None else scale.value
+
+    def loss_scale_state_dict(self) -> dict[str, float | int]:
+        """What a job that resumes needs of the loss scale, beside `state_dict` and the optimizer's: the same on every rank, {} where
+        the precision has none.
+        """
+        scale = self._ranks().loss_scale
+        return {} if scale is None else scale.state_dict()
+
+    def load_loss_scale_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the scale of `loss_scale_state_dict` (or of a GradScaler's state dict). BadArgument if it is not one, or if there is
+        one and the precision scales no loss.
+        """
+        scale = self._ranks().loss_scale
+        if scale is not None:
+            scale.load_state_dict(state)
+        elif state:
+            raise BadArgument(
+                f"precision = {self.plan.precision!r} has no loss scale to load", use='{}, or precision="fp16-mixed"'
+            )
 
     def reductions(self) -> dict[str, int]:
         """How many times the last step summed each parameter's gradient over the replicas, by name: 1 each, whatever the microbatches;

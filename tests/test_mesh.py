@@ -12,10 +12,13 @@ import pytest
 import torch
 from models import GPT, gpt_batch
 
+import autopar
+from autopar import options
 from autopar.options import mesh_of
 from autopar.planner import make_plan
 from autopar.runtime.world import coords_of
 from autopar.trace import Traced, trace
+from costmodel.errors import BadArgument
 from costmodel.hardware import HARDWARE, AxisLink, Link
 from costmodel.mesh import axis_groups, axis_stride, nodes_spanned
 from costmodel.replicas import BUCKET_BYTES, RankLoad, ReplicaAxis, ReplicaTraffic, beside, replica_traffic
@@ -86,6 +89,33 @@ def test_stages_are_neighbours_where_pp_is_the_innermost_axis(gpt: Traced) -> No
         for mesh in (mesh_of(pp=2, dp=2, tp=1), mesh_of(pp=2, dp=2, tp=1, order=("dp", "tp", "pp")))
     )
     assert outermost.cost.send_seconds > 10 * innermost.cost.send_seconds > 0
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that torchrun gives a rank of 2 nodes with 4 ranks each."""
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("hardware", [None, "a100-80gb"])
+def test_a_job_on_several_nodes_is_planned_for_them(two_nodes: None, hardware: str | None) -> None:
+    par = autopar.parallelize(GPT(layers=2), gpt_batch(rows=4), tp=2, dp=4, hardware=hardware)
+    assert any("4 ranks a node, 2 nodes" in note and "dp=4 over 2 nodes" in note for note in par.plan.notes)
+
+
+def test_a_job_on_one_node_is_planned_for_the_profiles_node(two_nodes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert options.profile_for("a100-80gb", GPT()) == HARDWARE["a100-80gb"]
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert options.profile_for("a100-80gb", GPT()) == HARDWARE["a100-80gb"]
+
+
+@pytest.mark.parametrize("local", ["3", "16", "0", "-4", "four", ""])
+def test_ranks_of_a_node_that_contradict_the_job_are_refused(two_nodes: None, monkeypatch: pytest.MonkeyPatch, local: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    with pytest.raises(BadArgument, match=f"LOCAL_WORLD_SIZE = '{local}' in a job of 8 ranks"):
+        autopar.parallelize(GPT(), gpt_batch(rows=4), tp=2, dp=4)
 
 
 # ---- replicas -------------------------------------------------------------------------------------------------------

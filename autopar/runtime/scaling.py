@@ -4,7 +4,7 @@ Design note. A step's backward starts from the scale instead of from 1, so all g
 end of the step they are divided by it, and are then what they would be without. If one is not finite on any rank, all ranks know: the
 step is an overflow. It leaves no gradients (`.grad` None, so any optimizer leaves the parameters and its own state alone, as a GradScaler
 that skips), and the scale is halved; after 2,000 steps without one it is doubled. The first steps usually overflow: 65,536 is
-meant to be too much. `step` returns the loss all the same.
+meant to be too much. `step` returns the loss all the same. A job that goes on later goes on with the same scale (`state_dict`).
 
 Several steps for one update (`accumulate=True`): gradients that are there already, sums or parts of them (`held_gradients.py`), are
 multiplied by the scale (a power of 2, so exactly) and divided with the others. An overflow in any of them is one of the update: the last
@@ -13,13 +13,16 @@ leaves no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from autopar.runtime.axis import Axis
 from autopar.runtime.held_gradients import HeldGradients
+from costmodel.errors import BadArgument
 
 INITIAL = 2.0**16
 GROWTH_STEPS = 2000
@@ -33,6 +36,22 @@ class LossScale:
         self.skipped = 0
         self._since_overflow = 0
         self._overflow = False  # in an earlier step of the same update
+
+    def state_dict(self) -> dict[str, float | int]:
+        """`scale`, `growth_tracker` (updates since the last overflow or growth; both as a GradScaler's), `skipped`. Between updates."""
+        return {"scale": self.value, "growth_tracker": self._since_overflow, "skipped": self.skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s numbers, or from a GradScaler's. BadArgument, with nothing changed, if they cannot be."""
+        scale, tracker, skipped = state.get("scale"), state.get("growth_tracker", state.get("_growth_tracker")), state.get("skipped", 0)
+        if not isinstance(scale, (int, float)) or not (math.isfinite(scale) and scale > 0):
+            raise BadArgument(f"the loss scale's state has scale = {scale!r}", use="a number above 0")
+        if not isinstance(tracker, int) or not 0 <= tracker < GROWTH_STEPS or not isinstance(skipped, int) or skipped < 0:
+            raise BadArgument(
+                f"the loss scale's state has growth_tracker = {tracker!r} and skipped = {skipped!r}",
+                use=f"integers: 0 to {GROWTH_STEPS - 1} updates since the last overflow, 0 or more skipped",
+            )
+        self.value, self._since_overflow, self.skipped, self._overflow = float(scale), tracker, skipped, False
 
     @contextmanager
     def step(

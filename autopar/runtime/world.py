@@ -41,6 +41,28 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def launched_ranks() -> int:
+    """The ranks of the job that this process is of; 1 in a plain process."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_per_node(num_ranks: int) -> int:
+    """How many of a job's ranks each node has: LOCAL_WORLD_SIZE, which torchrun and `autopar.launch` set; all of them without it.
+
+    BadArgument if it is no number of ranks that a node of this job could have.
+    """
+    given = os.environ.get("LOCAL_WORLD_SIZE")
+    if given is None:
+        return num_ranks
+    count = int(given) if given.isdecimal() else 0
+    if count < 1 or num_ranks % count:
+        raise BadArgument(
+            f"LOCAL_WORLD_SIZE = {given!r} in a job of {num_ranks} rank{'s' if num_ranks != 1 else ''}",
+            why="nodes have equal numbers of ranks, whose sum is WORLD_SIZE", use="the same --nproc-per-node on every node",
+        )  # fmt: skip
+    return count
+
+
 def coords_of(rank: int, mesh: Mapping[str, int]) -> dict[str, int]:
     """A rank's coords, the last axis of the mesh changing fastest."""
     coords = {}
@@ -128,9 +150,9 @@ class World:
         if not launched() and not dist.is_initialized():
             check_world_size(1, mesh)
             return cls.in_thread(mesh, 0, None, Board.memory(1), device=device, timeout_seconds=timeout_seconds)
-        num_ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+        num_ranks = launched_ranks()
         check_world_size(num_ranks, mesh)
-        local_num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+        local_num_ranks = ranks_per_node(num_ranks)
         nccl = device.type == "cuda" and local_num_ranks <= torch.cuda.device_count()
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

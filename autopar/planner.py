@@ -193,7 +193,7 @@ def make_plan(
         stages=plans, instructions=instructions, parameter_notation=parameter_notation,
         aliases={alias: name for name, others in traced.aliases.items() for alias in others},
         collectives=_collectives(local), predicted=predicted,
-        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes, *filter(None, [traced.precision.note]), *placed), exact,
+        notes=tuple(_notes(cuts, sharded, plans, (*meeting, *weighted.notes, *precision_notes(traced, hardware), *placed), exact,
             tied_bytes, stage_ranks, hardware, parameter_notation, mesh)),
         tied_exact=exact, gradient_edges=tuple(gradient_edges), virtual_stages=virtual, stage_ranks=stage_ranks, zero=zero,
         loss_weight_records=graph_to_json(weighted.weights.graph) if weighted.weights is not None else None,
@@ -395,6 +395,17 @@ def meeting_notes(places: Sequence[str], microbatches: int, num_stages: int) -> 
         f"{microbatches} microbatches do not give the whole batch's loss: it compares rows of the batch with each other: "
         f"{where}; microbatches=1 does"
     ]
+
+
+def precision_notes(traced: Traced, hardware: Hardware) -> list[str]:
+    """What computes in which dtype, and where that was found out for another device than the plan's."""
+    notes = [traced.precision.note] if traced.precision.note else []
+    if traced.precision.autocast is not None and traced.autocast_device != hardware.device_type:
+        notes.append(
+            f"the casts are torch.autocast's for {traced.autocast_device}, where the model was traced; on {hardware.device_type} it casts the "
+            f"same products and partly other ops beside them: a model on {hardware.device_type} gives that plan"
+        )
+    return notes
 
 
 def unruled_notes(nodes: Sequence[fx.Node]) -> list[str]:

@@ -32,7 +32,7 @@ from autopar.precision import PRECISIONS, Precision
 from autopar.trace_arguments import Path, Signature, dotted, input_names
 from autopar.trace_export import export, is_model_file, place
 from autopar.trace_models import check_model, inner_model
-from autopar.trace_precision import InDtype, computing, replacement
+from autopar.trace_precision import InDtype, autocast_device, computing, replacement, traceable
 from autopar.trace_values import opened
 from costmodel.errors import BadArgument, CaptureError
 from passes.canonical_import import Imports, State
@@ -69,6 +69,7 @@ class Traced:
     baked: dict[Path, Any]  # arguments that are not tensors: the graph holds for these values only
     signature: Signature
     precision: Precision = PRECISIONS["fp32"]
+    autocast_device: str = "cpu"  # whose list of casts a mixed precision's graph has
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors of a call by placeholder name. BadArgument if the call is not of the traced form."""
@@ -150,6 +151,7 @@ def trace(
     CaptureError if forward cannot be one graph, with the user's line; BadArgument if the arguments do not fit forward.
     """
     check_model(model)
+    device = traceable(device)
     inner = inner_model(model)
     signature = Signature(inner, loss_fn)
     leaves = signature.leaves(args, kwargs)
@@ -200,6 +202,7 @@ def trace(
         baked={path: leaf for path, leaf in leaves.items() if not isinstance(leaf, torch.Tensor)},
         signature=signature,
         precision=precision,
+        autocast_device=autocast_device(where),
     )
 
 

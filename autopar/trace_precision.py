@@ -39,12 +39,19 @@ class InDtype(Mapping[str, torch.Tensor]):
         return len(self._state)
 
 
+def traceable(device: torch.device | None) -> torch.device | None:
+    """The device to trace for: a torch without CUDA has none of its autocast's casts, those for CPUs stand in for them."""
+    return torch.device("cpu") if device is not None and device.type == "cuda" and not torch.cuda.is_available() else device
+
+
+def autocast_device(device: torch.device | None) -> str:
+    """Whose list of casts autocast follows for a model that computes there."""
+    return device.type if device is not None and device.type != "meta" else "cpu"
+
+
 def computing(precision: Precision, device: torch.device | None) -> Any:
     """The context that forward and loss run in."""
-    if precision.autocast is None:
-        return nullcontext()
-    kind = device.type if device is not None and device.type != "meta" else "cpu"
-    return torch.autocast(kind, dtype=precision.autocast)
+    return nullcontext() if precision.autocast is None else torch.autocast(autocast_device(device), dtype=precision.autocast)
 
 
 def replacement(

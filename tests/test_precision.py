@@ -202,3 +202,18 @@ def test_a_plan_keeps_its_precision(tmp_path: Any) -> None:
 def test_an_unknown_precision_is_refused_with_the_known_ones(precision: Any) -> None:
     with pytest.raises(BadArgument, match="fp32, bf16-mixed, fp16-mixed, bf16"):
         autopar.parallelize(GPT(), gpt_batch(), precision=precision)
+
+
+def test_a_plan_for_another_kind_of_device_says_whose_casts_it_has() -> None:
+    model, batch = made("gpt")
+    says = "the casts are torch.autocast's for cpu"
+    for precision, hardware, said in (("bf16-mixed", "h100-sxm", True), ("bf16-mixed", "cpu", False), ("bf16", "h100-sxm", False)):
+        plan = autopar.parallelize(model, batch, precision=precision, hardware=hardware).plan
+        assert any(says in note for note in plan.notes) == said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a torch with CUDA has its casts")
+def test_a_job_for_cuda_is_planned_without_it_with_the_casts_for_cpus() -> None:
+    model, batch = made("gpt")
+    plans = [autopar.parallelize(model, batch, precision="bf16-mixed", hardware="h100-sxm", device=where).plan for where in ("cpu", "cuda")]
+    assert plans[0].identity == plans[1].identity

@@ -402,8 +402,8 @@ def precision_notes(traced: Traced, hardware: Hardware) -> list[str]:
     notes = [traced.precision.note] if traced.precision.note else []
     if traced.precision.autocast is not None and traced.autocast_device != hardware.device_type:
         notes.append(
-            f"the casts are torch.autocast's for {traced.autocast_device}, where the model was traced; on {hardware.device_type} it casts the "
-            f"same products and partly other ops beside them: a model on {hardware.device_type} gives that plan"
+            f"the casts are torch.autocast's for {traced.autocast_device}, where the model was traced; on {hardware.device_type} it "
+            f"casts the same products and partly other ops: a model on {hardware.device_type} gives that plan"
         )
     return notes
 

@@ -425,6 +425,7 @@ def _plan(found: LayoutPrediction, traced: Traced, hardware: Hardware, name: str
     predicted = Prediction(
         found.step_seconds, found.peak_bytes, found.bubble_fraction, sum(found.communication_seconds.values()), found.tflops_per_gpu,
         found.mfu, f"predicted from a {found.basis} profile" + (f", +-{found.uncertainty:.0%}" if found.uncertainty else ""),
+        found.replicas if found.replicas.seconds else None,
     )  # fmt: skip
     known = {
         "model": name, "mesh": mesh, "microbatches": layout.microbatches, "schedule": layout.schedule, "hardware": hardware.name,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from costmodel.errors import BadArgument
 from costmodel.memory import OPTIMIZERS, STATE_PRECISIONS
+from costmodel.replicas import ReplicaTraffic
 
 AXES = ("tp", "cp", "dp", "pp")  # fastest first
 FRAGMENTATION = 0.08  # of what is allocated: gaps that no tensor fits into. So that no published job that ran out of memory seems to fit
@@ -132,7 +133,7 @@ class LayoutPrediction:
     """What a layout is predicted to do. Seconds of one step.
 
     `communication_seconds` by axis: all traffic of the busiest rank; `exposed_seconds` by axis: what of it the step waits for.
-    `model_flops`: of the whole step on all ranks, nothing computed twice.
+    `model_flops`: of the whole step on all ranks, nothing computed twice. `replicas`: of data parallelism's traffic, the bytes too.
     `uncertainty`: relative, one standard deviation of the time; None: not known.
     """
 
@@ -151,6 +152,7 @@ class LayoutPrediction:
     basis: str
     uncertainty: float | None = None
     stage_blocks: tuple[int, ...] = field(default=())
+    replicas: ReplicaTraffic = field(default=ReplicaTraffic())
 
     @property
     def peak_bytes(self) -> float:

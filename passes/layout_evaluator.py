@@ -339,7 +339,7 @@ class Evaluator:
             },
             update, layout.microbatches * max(rank.replay for rank in cut.ranks),
             self.model_flops(layout.microbatch_rows) * rows / layout.microbatch_rows,
-            self._peak_flops(layout), rows * self.sizes.get(TOKENS, 1), self.hardware.basis, self.uncertainty, cut.blocks,
+            self._peak_flops(layout), rows * self.sizes.get(TOKENS, 1), self.hardware.basis, self.uncertainty, cut.blocks, replicas,
         )  # fmt: skip
 
     def _memory(self, layout: Layout, cut: _Stages) -> LayoutMemory:

@@ -352,19 +352,28 @@ def test_verify_compares_replicas_and_the_means_of_their_statistics(layout: dict
     assert {d.name for d in report.differences} >= {"norm.running_mean", "a.weight"}
 
 
-def test_replicas_drop_other_values_and_a_seed_repeats_them() -> None:
+@pytest.mark.parametrize(
+    "layout", [{"dp": 2}, {"dp": 2, "tp": 2, "zero": 1}, {"dp": 2, "pp": 2, "microbatches": 2, "zero": 2}, {"dp": 2, "zero": 3}], ids=str
+)
+def test_replicas_drop_other_values_and_a_seed_repeats_them(layout: dict[str, int]) -> None:
     torch.manual_seed(0)
     model, batch = Normed(dropout=0.5), {"x": torch.randn(8, 8), "y": torch.randn(8, 4)}
 
-    def losses(seed: int) -> list[float]:
-        par = autopar.parallelize(model, batch, dp=2, seed=seed)
-        found = train(lambda each: par.step(**each), par.parameters(), [batch] * 4)
-        generators = [rank.worker._chunks[0].stage.generator(False) for rank in par._ranks()._threads._ranks]  # type: ignore
-        assert generators[0].initial_seed() != generators[1].initial_seed()
+    def trained(seed: int) -> tuple[list[float], Batch]:
+        par = autopar.parallelize(model, batch, seed=seed, **layout)
+        losses = train(lambda each: par.step(**each), par.parameters(), [batch] * 4)
+        seeds: dict[tuple[int, ...], list[int]] = {}
+        for rank in par._ranks()._threads._ranks:  # type: ignore[union-attr, attr-defined]
+            coords = rank.worker.world.coords
+            seeds.setdefault((coords["pp"], coords["tp"]), []).append(rank.worker._chunks[0].stage.generator(False).initial_seed())
+        assert all(first != second for first, second in seeds.values())
+        found = [loss.item() for loss in losses], par.full_state_dict()
         par.close()
-        return [loss.item() for loss in found]
+        return found
 
-    assert losses(0) == losses(0) != losses(1)
+    (losses, parameters), (again, same), (other, _) = trained(0), trained(0), trained(1)
+    assert losses == again != other
+    assert all(torch.equal(value, same[key]) for key, value in parameters.items())
 
 
 @pytest.mark.parametrize("zero", [0, 3])

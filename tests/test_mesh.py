@@ -72,6 +72,12 @@ def test_plans_say_where_axes_lie_and_what_crossing_nodes_costs(gpt: Traced, mes
     assert ("crosses nodes" in notes) == any("cross" in text or "over" in text for text in says)
 
 
+def test_a_searched_plan_prints_what_replicas_exchange(gpt: Traced) -> None:
+    plan = autopar.search(gpt, None, gpus=8, hardware="a100-80gb", dp=4, zero=1, tp=2, pp=1, top=1)[0]
+    assert plan.predicted.replicas is not None and plan.predicted.replicas.num_bytes > 0
+    assert "REPLICAS  (dp=4, ZeRO 1; of one rank a step)" in str(plan)
+
+
 def test_an_axis_that_leaves_its_node_is_priced_by_the_network(gpt: Traced) -> None:
     machine = replace(HARDWARE["a100-80gb"], devices_per_node=2, across=Link(1e-3, 1e9))
     split = Overrides.of({"placements": {"h.*.up.weight": "256/tp 64", "h.*.down.weight": "64 256/tp"}})

@@ -56,7 +56,8 @@ _COMMON = {
 }
 _FIT = (
     "fitted to the published step times of tests/benchmarks/published.csv on this kind of device or fabric "
-    "(tests/benchmarks/fit_published.py: the suite farthest from what is asked of it decides), within the range that kernels alone were seen to reach"
+    "(tests/benchmarks/fit_published.py: the suite farthest from what is asked of it decides), within the range that kernels alone "
+    "were seen to reach"
 )
 _VOLTA = _COMMON | {
     "peak_flops": "NVIDIA V100 datasheet (2020), SXM2 column; f16 with tensor cores, no bf16",

@@ -1,13 +1,14 @@
-"""Fits the constants of hardware profiles to published step times: `python tests/benchmarks/fit_published.py [FILE] [--leave-out SUITE]`.
+"""Fits the constants of hardware profiles to published step times: `python tests/benchmarks/fit_published.py [FILE]`.
 
 What is fitted is CONSTANTS: few, each with a meaning and the range that it was seen or can be in; one value for all records on a kind of
-device or fabric. Where from: the profiles as they are. The loss of a kind of device is a norm over its suites of mean |log(predicted /
-measured)| / ASKED: absolute, so that single odd rows do not bend the fit, and of power POWER, so that no suite is bought with another.
-Predictions are taken for log-linear in the constants' logarithms around a point (a finite difference each), the loss of the linear model
-is minimised by a pattern search, and both are done again around the point found. Prints each constant, and each suite's error with them.
+device or fabric. Where from: the profiles as they are. The loss of a kind of device is a norm over its suites of mean |predicted /
+measured - 1| / ASKED: absolute, so that single odd rows do not bend the fit, and of power POWER, so that no suite is bought with another.
+Predictions are taken for log-linear in the constants' logarithms around the profiles (a finite difference each), and the loss of the linear
+model is minimised by a pattern search. Prints each constant and each suite's error with them: "as is", fitted, and held out.
 
-`--leave-out SUITE` fits without a suite and then prints its error: that of a prediction for measurements that nobody has fitted to. A
-device without any other suite takes the efficiencies fitted to the devices that have: what a device new to the planner gets.
+Held out is what the suite's error is with constants fitted to the others on its kind of device: a prediction for measurements that nobody
+fitted to. A device with no other suite takes each efficiency as the mean of those fitted to the other kinds: what a device new to the
+planner gets. A link that only this suite used keeps its present value; it is fitted to the suite, and the figure says so by "link kept".
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from costmodel.hardware import Hardware
 
 POWER = 6
 STEP = 0.05  # of a constant's logarithm, for differences
-ROUNDS = 2
 # Errors that are asked for, by suite; others get EACH.
 ASKED = {
     "megatron_sc21_t1": 0.08, "korthikanti_t5": 0.05, "vtrain_multi": 0.10, "llm_foundry_a100": 0.08, "zero_bubble_t4": 0.07,
@@ -102,6 +101,7 @@ class Fit:
         self._layouts = [layout_of(record, found.folded) for record, found in zip(self.records, self._found, strict=True)]
         self.profiles = {found.hardware.name: found.hardware for found in self._found}
         self.constants = [one for one in CONSTANTS if any(map(one.applies, self.profiles.values()))]
+        self.bounds = [(math.log(one.low), math.log(one.high)) for one in self.constants]
 
     def start(self) -> list[float]:
         """Logarithms of the constants in the profiles as they are."""
@@ -123,33 +123,15 @@ class Fit:
             found.append(math.log(there[id(evaluator)].predict(layout, exact=True).step_seconds / record["step_time_s"]))
         return found
 
-    def fitted(self, point: Sequence[float]) -> list[float]:
-        """The constants with the least loss that a linear model finds from `point` on, rounds of it."""
-        bounds = [(math.log(one.low), math.log(one.high)) for one in self.constants]
-        here = [min(max(value, low), high) for value, (low, high) in zip(point, bounds, strict=True)]
-        for _ in range(ROUNDS):
-            base = self.logs(here)
-            slopes = []
-            for index, (_, high) in enumerate(bounds):
-                step = STEP if here[index] + STEP <= high else -STEP
-                moved = self.logs([value + step * (k == index) for k, value in enumerate(here)])
-                slopes.append([(one - other) / step for one, other in zip(moved, base, strict=True)])
-
-            here = _searched(partial(self._linear, here, base, slopes), here, bounds)
-        return here
-
-    def _linear(
-        self, here: Sequence[float], base: Sequence[float], slopes: Sequence[Sequence[float]], point: Sequence[float]
-    ) -> float:
-        """The loss at a point, by the differences found around `here`."""
-        away = [one - other for one, other in zip(point, here, strict=True)]
-        return self.loss([
-            value + sum(slope[k] * distance for slope, distance in zip(slopes, away, strict=True)) for k, value in enumerate(base)
-        ])
-
-    def loss(self, logs: Sequence[float]) -> float:
-        errors = self.errors(logs)
-        return float(sum((errors[suite] / ASKED.get(suite, EACH)) ** POWER for suite in errors) ** (1 / POWER))
+    def around(self, point: Sequence[float]) -> Linear:
+        """The linear model around a point."""
+        here = [min(max(value, low), high) for value, (low, high) in zip(point, self.bounds, strict=True)]
+        base, slopes = self.logs(here), []
+        for index, (_, high) in enumerate(self.bounds):
+            step = STEP if here[index] + STEP <= high else -STEP
+            moved = self.logs([value + step * (k == index) for k, value in enumerate(here)])
+            slopes.append([(one - other) / step for one, other in zip(moved, base, strict=True)])
+        return Linear(self, here, base, slopes)
 
     def errors(self, logs: Sequence[float]) -> dict[str, float]:
         """By suite: the mean of |predicted / measured - 1|."""
@@ -157,6 +139,38 @@ class Fit:
         for record, value in zip(self.records, logs, strict=True):
             rows.setdefault(record["suite"], []).append(abs(math.expm1(value)))
         return {suite: statistics.fmean(each) for suite, each in rows.items()}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """log(predicted / measured) of a fit's records as linear in the constants' logarithms."""
+
+    fit: Fit
+    here: Sequence[float]
+    base: Sequence[float]
+    slopes: Sequence[Sequence[float]]  # by constant
+
+    def errors(self, point: Sequence[float]) -> dict[str, float]:
+        """By suite."""
+        away = [one - other for one, other in zip(point, self.here, strict=True)]
+        return self.fit.errors([
+            value + sum(slope[k] * distance for slope, distance in zip(self.slopes, away, strict=True))
+            for k, value in enumerate(self.base)
+        ])
+
+    def fitted(self, without: str | None = None) -> list[float]:
+        """The point of the least loss over all suites but one. Constants that no other suite depends on stay where they are."""
+        used = [k for k, record in enumerate(self.fit.records) if record["suite"] != without]
+        bounds = [
+            pair if any(slope[k] for k in used) else (value, value)
+            for pair, slope, value in zip(self.fit.bounds, self.slopes, self.here, strict=True)
+        ]
+
+        def loss(point: Sequence[float]) -> float:
+            errors = self.errors(point)
+            return sum((each / ASKED.get(suite, EACH)) ** POWER for suite, each in errors.items() if suite != without)
+
+        return _searched(loss, self.here, bounds)
 
 
 def _searched(loss: Callable[[Sequence[float]], float], start: Sequence[float], bounds: Sequence[tuple[float, float]]) -> list[float]:
@@ -186,11 +200,11 @@ def families(records: Sequence[Record], predictor: Predictor) -> dict[str, list[
     return found
 
 
-def borrowed(fit: Fit, others: Mapping[str, Sequence[tuple[Constant, float]]]) -> list[float]:
-    """Of a device without records: the mean of each constant over the devices that have it; else as it is in the profile."""
+def borrowed(fit: Fit, others: Sequence[tuple[Constant, float]]) -> list[float]:
+    """Of a device without other suites: the mean of each efficiency over the devices that have it; else as it is in the profile."""
     point = fit.start()
     for index, one in enumerate(fit.constants):
-        values = [value for pairs in others.values() for other, value in pairs if other.field == one.field]
+        values = [value for other, value in others if other.field == one.field and "efficiency" in one.field]
         if values:
             point[index] = statistics.fmean(values)
     return point
@@ -199,34 +213,35 @@ def borrowed(fit: Fit, others: Mapping[str, Sequence[tuple[Constant, float]]]) -
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, default=HERE / "published.csv")
-    parser.add_argument("--leave-out", metavar="SUITE", action="append", default=[], help="fit without it, then predict it; again for more")
-    parser.add_argument("--device", help="only devices whose name starts so")
+    parser.add_argument("--leave-out", metavar="SUITE", help="hold out only this suite, not each in turn")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "autopar-published", help="folder of folded graphs")
     options = parser.parse_args(argv)
     predictor = Predictor(options.cache)
     records = [record for record in records_of(options.file) if record.get("step_time_s")]
-    kept = families([record for record in records if record["suite"] not in options.leave_out], predictor)
+    models = {}
     found: dict[str, list[tuple[Constant, float]]] = {}
-    for family, rows in kept.items():
-        if options.device and not family.startswith(options.device):
-            continue
+    for family, rows in families(records, predictor).items():
         fit = Fit(rows, predictor)
-        point = fit.fitted(fit.start())
-        found[family] = list(zip(fit.constants, point, strict=True))
-        for one, value in found[family]:
-            print(f"{one.profiles:10} {one.field:42} {math.exp(value):.4g}")
-        for suite, error in fit.errors(fit.logs(point)).items():
-            print(f"{family:10} {suite:42} {error:.1%} of {ASKED.get(suite, EACH):.0%}", flush=True)
-    for family, rows in families([record for record in records if record["suite"] in options.leave_out], predictor).items():
-        fit = Fit(rows, predictor)
-        known = {(one.profiles, one.field): value for pairs in found.values() for one, value in pairs}
-        point = [
-            known.get((one.profiles, one.field), value)
-            for one, value in zip(fit.constants, fit.start() if family in found else borrowed(fit, found), strict=True)
-        ]
-        for suite, error in fit.errors(fit.logs(point)).items():
-            print(f"held out: {family} {suite} {error:.1%}", flush=True)
+        models[family] = linear = fit.around(fit.start())
+        found[family] = list(zip(fit.constants, linear.fitted(), strict=True))
+        for (one, value), now in zip(found[family], linear.here, strict=True):
+            print(f"{one.profiles:19} {one.field:44} {math.exp(value):.4g} (now {math.exp(now):.4g})", flush=True)
+    print(f"{'suite':20} asked  as is  fitted  held out")
+    for family, linear in models.items():
+        as_is, fitted = linear.errors(linear.here), linear.errors([value for _, value in found[family]])
+        for suite in as_is:
+            if options.leave_out in (None, suite):
+                text = _held_out(linear, suite, [pair for other, pairs in found.items() if other != family for pair in pairs])
+                print(f"{suite:20} {ASKED.get(suite, EACH):5.1%} {as_is[suite]:6.1%} {fitted[suite]:7.1%} {text}", flush=True)
     return 0
+
+
+def _held_out(linear: Linear, suite: str, others: Sequence[tuple[Constant, float]]) -> str:
+    if len(linear.errors(linear.here)) == 1:
+        point = borrowed(linear.fit, others)
+        kept = ", link kept" if any("bandwidth" in one.field for one in linear.fit.constants) else ""
+        return f"{linear.fit.errors(linear.fit.logs(point))[suite]:8.1%} (other devices' efficiencies{kept})"
+    return f"{linear.errors(linear.fitted(without=suite))[suite]:8.1%}"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ class Layout:
     (the units between runs of blocks count as one each); None: the most even cut. `offload`: kept activations wait in host memory.
     `split_sends`: tensor-parallel ranks each send their part of a value that all of them hold, and gather it on arrival.
     `sums_each_microbatch`: ZeRO 3 sums gradients after each microbatch's backward, as FSDP does, not once a step as autopar's programs do.
+    `barrier`: the optimizer step waits for all pipeline ranks, for the gradients' norm or overflow; without it each rank goes on with its
+    next step, and a step is as long as the busiest rank's part of it (Qi et al., "Zero Bubble Pipeline Parallelism", 2023, section 4).
     `fused`: chains of calls on elements run as one kernel (`passes.fused`), as torch.compile makes them; not so in emitted programs.
     """
 
@@ -56,6 +58,7 @@ class Layout:
     offload: bool = False
     split_sends: bool = False
     sums_each_microbatch: bool = False
+    barrier: bool = True
     fused: bool = False
 
     def __post_init__(self) -> None:

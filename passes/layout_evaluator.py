@@ -11,7 +11,8 @@ The step, from the last rank to stop:
   + the optimizer's memory traffic                                                         `costmodel.memory.optimizer_seconds`
 
 `exact=True` plays the schedule's instructions with every stage's own times (`passes.step_time`, what the cut pass minimises and plans
-predict); otherwise the idle time is the schedule's published formula for equal stages, plus for each microbatch what a transfer adds.
+predict); otherwise the idle time is the schedule's published formula for equal stages, plus for each microbatch what a transfer adds, and
+`Layout.barrier` plays no part: the formulas for zero-bubble schedules are without one, the others with it.
 
 Overlap. Traffic of an axis in `Layout.overlap` runs beside compute: of a tensor-parallel collective what its unit's compute
 cannot hide is exposed, and always the first of its `tp` pieces; of a data-parallel sum what the last microbatch's backward cannot; of
@@ -376,7 +377,7 @@ class Evaluator:
                 if cut.stage_ranks[stage] != cut.stage_ranks[stage + 1]:
                     sends[0, stage, stage + 1] = send
             times = [torch.tensor([values], dtype=torch.float64) for values in (cut.forward, cut.backward, cut.weight)]
-            return float(played(times[0], times[1], sends, None, times[2]))
+            return float(played(times[0], times[1], sends, None, times[2], layout.barrier))
         loads = [rank.forward + rank.backward for rank in cut.ranks]
         most = max(range(len(loads)), key=loads.__getitem__)
         others = [rank for k, rank in enumerate(cut.ranks) if k != most]

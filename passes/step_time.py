@@ -77,9 +77,10 @@ class StepTimes:
 
     def __call__(
         self, forward: torch.Tensor, backward: torch.Tensor, sends: torch.Tensor, used: torch.Tensor | None = None,
-        weight: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None, barrier: bool = True,
     ) -> torch.Tensor:  # fmt: skip
-        """Seconds of a step, [K], float64.
+        """Seconds of a step, [K], float64. Without `barrier` the time from one step to the next where each rank goes on with the next
+        one when it has done its own part: the longest that any rank takes from its first computation to its last.
 
         `forward` and `backward` are [K, stages], of one microbatch. `sends` is [K, stages, stages]: seconds of a transfer from the
         first stage to the second, there; its gradient takes as long back. `used`, like it, of bools: which transfers there are
@@ -91,7 +92,7 @@ class StepTimes:
             for source, to in used.any(0).nonzero().tolist():
                 if to > source + 1 and self.stage_ranks[source] != self.stage_ranks[to]:
                     skips[source, to] = sends[:, source, to].masked_fill(~used[:, source, to], -torch.inf)
-        found = [_play(program, self.stage_ranks, forward, backward, sends, skips, weight) for program in self._programs]
+        found = [_play(program, self.stage_ranks, forward, backward, sends, skips, weight, barrier) for program in self._programs]
         return found[-1] + (found[-1] - found[0]) * (self._further / self.num_ranks)
 
 
@@ -129,10 +130,12 @@ def _play(
     sends: torch.Tensor,
     skips: Mapping[tuple[int, int], torch.Tensor],
     weight: torch.Tensor | None = None,
+    barrier: bool = True,
 ) -> torch.Tensor:
     num_ranks = max(stage_ranks) + 1
     zero = torch.zeros(len(forward), dtype=torch.float64)
     now, unfinished = [zero] * num_ranks, [zero] * num_ranks
+    begun: dict[int, torch.Tensor] = {}
     arrived: dict[_Slot, torch.Tensor] = {}
     weight = backward / 2 if weight is None else weight
     by_kind = {Forward: forward, Backward: backward, BackwardInput: backward - weight, BackwardWeight: weight}
@@ -153,6 +156,7 @@ def _play(
             if into and one.kind is not BackwardWeight:
                 for other, times in into.get((one.stage, back), ()):
                     start = torch.maximum(start, made[other, back, one.microbatch] + times)
+            begun.setdefault(rank, start)
             now[rank] = start + seconds[one.kind, one.stage]
             if into and one.kind is not BackwardWeight:
                 made[one.stage, back, one.microbatch] = now[rank]
@@ -162,4 +166,6 @@ def _play(
                 source, to, _ = slot[0]
                 arrived[slot] = over = now[rank] + moves[source, to]
                 unfinished[rank] = torch.maximum(unfinished[rank], over)
+    if not barrier:
+        return torch.stack([torch.maximum(now[rank], unfinished[rank]) - start for rank, start in begun.items()]).amax(0)
     return torch.stack([*now, *unfinished]).amax(0)

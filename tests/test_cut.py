@@ -405,3 +405,12 @@ def test_no_rank_is_left_without_a_parameter_where_the_model_has_places_enough()
     for tied in (True, False):
         plan = autopar.parallelize(GPT(tied=tied), gpt_batch(), pp=4).plan
         assert all(stage.parameters for stage in plan.stages), [stage.layers for stage in plan.stages]
+
+
+@pytest.mark.parametrize(("name", "together", "alone"), [("1f1b", 45, 45), ("zb-h1", 39, 39), ("zb-h2", 39, 36)])
+def test_steps_without_a_barrier_take_what_the_busiest_rank_works(name: str, together: float, alone: float) -> None:
+    """Qi et al. 2023, at F = B = W = 1, 4 ranks, 12 microbatches: idle (p-1)(F+B+W), (p-1)(F+B-W), nothing."""
+    ones, sends = torch.ones(1, 4, dtype=torch.float64), torch.zeros(1, 4, 4, dtype=torch.float64)
+    times = StepTimes(SCHEDULES[name], 4, 12, 1)
+    assert float(times(ones, 2 * ones, sends, None, ones)) == together
+    assert float(times(ones, 2 * ones, sends, None, ones, barrier=False)) == alone

@@ -131,7 +131,8 @@ def schedule_of(record: Record) -> tuple[str, int]:
 def layout_of(record: Record, folded: Folded) -> Layout:
     """The record's layout. ZeRO 3 runs under FSDP, which overlaps its traffic and replays only what backward needs; other jobs are
     Megatron's kind: they replay whole layers, bring fused kernels for calls on elements (as torch.compile makes them) and, unless the
-    record says so, overlap nothing; NeMo's recipes overlap what is data-parallel.
+    record says so, overlap nothing; NeMo's recipes overlap what is data-parallel. Zero-bubble schedules
+    come with their authors' optimizer, which does not wait for the other pipeline ranks.
     """
     tp, pp, cp = (record.get(key) or 1 for key in ("tp", "pp", "cp"))
     dp = record.get("dp") or max(1, (record.get("n_gpus") or 1) // (tp * pp * cp))
@@ -146,7 +147,8 @@ def layout_of(record: Record, folded: Folded) -> Layout:
         microbatches=max(1, -(-batch // (rows * dp))), zero=zero, recompute=recompute_of(record), replay_all=not sharded,
         sequence_parallel=bool(record.get("sequence_parallel")), precision=precision_of(record), overlap=frozenset(overlap),
         blocks=blocks_of(folded, record["layers"], pp * virtual), offload=bool(record.get("activation_cpu_offload")),
-        split_sends=tp > 1, sums_each_microbatch=True, fused=not sharded or _says(record, "compile"),
+        split_sends=tp > 1, sums_each_microbatch=True, barrier=not schedule.startswith("zb"),
+        fused=not sharded or _says(record, "compile"),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import fx
 
@@ -93,6 +94,7 @@ class RankGraph:
     _joined: dict[fx.Node, Joined] | None = None
     _runs: dict[str, list[list[Run]]] = field(default_factory=dict)
     _saves: Saves = field(init=False)
+    _sized: dict[tuple[object, ...], _Sized] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         graph = self.module.graph
@@ -131,6 +133,20 @@ class RankGraph:
             self._joined = joined_calls(self.module.graph, self.nominal, self.axis_sizes)
         return self._joined
 
+    def sized(self, pricing: Pricing, fused: bool, cp: int, context_link: object) -> _Sized:
+        """What calls and storages cost at the sizes of `pricing`: the same whatever is computed again."""
+        key = (pricing.hardware, tuple(pricing.sizes.items()), pricing.product_dtype, fused, cp, context_link)
+        if key not in self._sized:
+            joined = self.joined() if fused else None
+            part = pricing
+            if cp > 1:
+                part = replace(pricing, sizes={**pricing.sizes, TOKENS: -(-pricing.sizes[TOKENS] // cp)}, _numbers={})
+            self._sized[key] = _Sized(
+                [_priced(call.node, pricing, part, self.axis_sizes, joined, cp, context_link) for call in self.line],
+                _storage_bytes(self, pricing, part, cp), _crossing(self, part),
+            )  # fmt: skip
+        return self._sized[key]
+
     def shared(self) -> list[SharedParameter]:
         """Parameters that several units use."""
         return [
@@ -150,6 +166,7 @@ class RankGraph:
         assert kind is not None
         return self.nominal.num_bytes(local_type(kind, sharding(node), self.axis_sizes)) // kind.dtype.itemsize
 
+    @cached_property
     def own_parameters(self) -> list[int]:
         """Per unit: elements of the parameters that only it uses, of one layer."""
         found = [0.0] * len(self.folded.units)
@@ -167,14 +184,8 @@ def unit_costs(
     """What each unit costs at the sizes of `pricing` (of one microbatch, whole sequence). `fused`: calls on elements share kernels.
     `context_link`: of the cp axis.
     """
-    joined = rank.joined() if fused else None
-    part = pricing
-    if cp > 1:
-        part = replace(pricing, sizes={**pricing.sizes, TOKENS: -(-pricing.sizes[TOKENS] // cp)}, _numbers={})
-    priced = [_priced(call.node, pricing, part, rank.axis_sizes, joined, cp, context_link) for call in rank.line]
-    num_bytes = _storage_bytes(rank, pricing, part, cp)
-    parameters = rank.own_parameters()
-    crossing = _crossing(rank, part)
+    sized = rank.sized(pricing, fused, cp, context_link)
+    priced, num_bytes, parameters = sized.priced, sized.num_bytes, rank.own_parameters
     seen = 0
     found: list[UnitCost] = []
     for index, unit in enumerate(rank.folded.units):
@@ -194,10 +205,19 @@ def unit_costs(
                 sum(t.context_forward for t in times), sum(t.context_backward for t in times),
                 sum(t.forward for t in replays), sum(t.tensor_forward for t in replays), sum(t.context_forward for t in replays),
                 float(sum(num_bytes[k] for k in bits_of(mine))), float(sum(num_bytes[k] for k in bits_of(kept.again))),
-                max((_temporary(call, num_bytes) for call in listed), default=0.0), parameters[index], *crossing[index],
+                max((_temporary(call, num_bytes) for call in listed), default=0.0), parameters[index], *sized.crossing[index],
             )
         )  # fmt: skip
     return found
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """A rank's calls and storages at some sizes: per call its seconds, per storage its bytes, per unit what crosses to later ones."""
+
+    priced: list[_Priced]
+    num_bytes: list[float]
+    crossing: list[tuple[float, float]]
 
 
 @dataclass(frozen=True)

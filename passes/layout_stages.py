@@ -7,12 +7,11 @@ maximum of the stages' seconds and, among cuts within SLACK of it, the one with 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-
-import torch
+from itertools import accumulate, pairwise
 
 from costmodel.errors import BadArgument, TooManyStages
 from passes.layout_rows import SharedParameter, UnitCost
@@ -30,7 +29,7 @@ def even_cut(seconds: Sequence[float], num_stages: int) -> tuple[int, ...]:
     return _even_cut(tuple(seconds), num_stages)
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=16384)
 def _even_cut(seconds: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
     count = len(seconds)
     if num_stages > count:
@@ -40,29 +39,72 @@ def _even_cut(seconds: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
         )  # fmt: skip
     if num_stages == 1:
         return (count,)
-    # tables are [end, start], so that what is reduced over lies together: an order of magnitude, where threads are scarce
-    sums = torch.cat([torch.zeros(1, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64).cumsum(0)])
-    place = torch.arange(count + 1)
-    table = (sums.unsqueeze(1) - sums.unsqueeze(0)).masked_fill(place.unsqueeze(1) <= place.unsqueeze(0), float("inf"))
-    best = table[:, 0].contiguous()
-    for _ in range(num_stages - 1):
-        best = torch.maximum(best, table).amin(1)
-    bottleneck = float(best[-1])
-    mean = float(sums[-1]) / num_stages
-    price = ((table - mean) ** 2).masked_fill(table > bottleneck * SLACK, float("inf"))
-    total = torch.full((count + 1,), float("inf"), dtype=torch.float64)
-    total[0] = 0.0
-    choices = []
-    for _ in range(num_stages):
-        priced = total + price
-        choice = priced.argmin(1)
-        total = priced[place, choice]
-        choices.append(choice.tolist())
+    sums = [0.0, *accumulate(seconds)]
+    limit = _least_maximum(sums, num_stages) * SLACK
+    # where stage k may end: the stages up to it, and those after it, are all within the limit
+    latest, earliest = [0], [count]
+    for k in range(1, num_stages + 1):
+        latest.append(min(_furthest(sums, latest[-1], limit), count - num_stages + k))
+        earliest.append(max(_nearest(sums, earliest[-1], limit), num_stages - k))
+    earliest.reverse()
+    mean = sums[-1] / num_stages
+    totals, choices = {0: 0.0}, []
+    for k in range(1, num_stages + 1):
+        choice: dict[int, int] = {}
+        found: dict[int, float] = {}
+        for end in range(max(earliest[k], k), latest[k] + 1):
+            most, best = sums[end], float("inf")
+            for start, total in totals.items():
+                length = most - sums[start]
+                if start < end and length <= limit and (priced := total + (length - mean) ** 2) < best:
+                    best, choice[end] = priced, start
+            if end in choice:
+                found[end] = best
+        totals = found
+        choices.append(choice)
     ends = [count]
     for choice in reversed(choices):
         ends.append(choice[ends[-1]])
     ends.reverse()
     return tuple(b - a for a, b in pairwise(ends))
+
+
+def _furthest(sums: Sequence[float], start: int, limit: float) -> int:
+    """The last end of a stage from `start` on that takes no more than `limit`; `start` if its first block takes more."""
+    end = bisect_right(sums, sums[start] + limit) - 1
+    while sums[end] - sums[start] > limit:
+        end -= 1
+    while end + 1 < len(sums) and sums[end + 1] - sums[start] <= limit:
+        end += 1
+    return end
+
+
+def _nearest(sums: Sequence[float], end: int, limit: float) -> int:
+    """The first start of a stage up to `end` that takes no more than `limit`."""
+    start = bisect_left(sums, sums[end] - limit)
+    while sums[end] - sums[start] > limit:
+        start += 1
+    while start and sums[end] - sums[start - 1] <= limit:
+        start -= 1
+    return start
+
+
+def _least_maximum(sums: Sequence[float], num_stages: int) -> float:
+    """The least possible maximum of the stages' seconds, to 1e-9 of it.
+
+    A limit that is too low leaves blocks over when every stage takes as many as it can. The next limit to try is the least at which one
+    of those stages could take one more: with any below it they would take the same.
+    """
+    last = len(sums) - 1
+    limit = max(max(b - a for a, b in pairwise(sums)), sums[-1] / num_stages)
+    while True:
+        start, raised = 0, float("inf")
+        for _ in range(num_stages):
+            start, begin = _furthest(sums, start, limit), start
+            if start == last:
+                return limit
+            raised = min(raised, sums[start + 1] - sums[begin])
+        limit = max(raised, limit) * (1 + 1e-12)
 
 
 @dataclass(frozen=True)

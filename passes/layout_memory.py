@@ -27,36 +27,23 @@ ZERO_BUCKET_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class HeldStages:
-    """The stages of one rank: `parameters` in elements and `kept_bytes` of a microbatch are their sums."""
+    """The stages of one rank: `parameters` in elements and `kept_bytes` of a microbatch are their sums. `ranks`: which hold such stages."""
 
     stages: tuple[StageSums, ...]
     parameters: int
     kept_bytes: float
-
-
-def held_stages(stages: Sequence[StageSums], stage_ranks: Sequence[int]) -> tuple[HeldStages, ...]:
-    """Of each pipeline rank, in order."""
-    owned: list[list[StageSums]] = [[] for _ in range(max(stage_ranks) + 1)]
-    for stage, owner in zip(stages, stage_ranks, strict=True):
-        owned[owner].append(stage)
-    return tuple(
-        HeldStages(tuple(each), sum(stage.parameters for stage in each), sum(stage.kept_bytes for stage in each)) for each in owned
-    )
+    ranks: tuple[int, ...]
 
 
 def layout_memory(layout: Layout, ranks: Sequence[HeldStages], *, on_cpu: bool) -> LayoutMemory:
     """Of the fullest rank; `on_cpu`: no allocator and no driver hold anything besides."""
     count = layout.dp * layout.cp
     best: LayoutMemory | None = None
-    seen: set[tuple[object, ...]] = set()
     transfers = max(stage.sent_bytes for held in ranks for stage in held.stages) * 2 if layout.pp > 1 else 0.0
     schedule = schedule_named(layout.schedule if layout.pp > 1 else "1f1b")
     flights = in_flight(schedule, layout.pp, layout.microbatches, layout.virtual_stages)
-    for held, flight in zip(ranks, flights, strict=True):
-        alike = (flight, *map(id, held.stages))
-        if alike in seen:
-            continue
-        seen.add(alike)
+    for held in ranks:
+        flight = max(flights[rank] for rank in held.ranks)
         state = state_bytes(
             held.parameters, precision=layout.precision, zero=layout.zero, dp_size=count, optimizer=layout.optimizer,
             gradient_bytes=layout.gradient_bytes,

@@ -310,24 +310,32 @@ def _enumerate(priced: Evaluator, space: Space, progress: Progress = lambda done
 
 @dataclass(frozen=True)
 class _Least:
-    """Seconds of a microbatch on the whole model, nothing computed again and no traffic hidden that has to be waited for."""
+    """Seconds of a microbatch on the whole model, nothing computed again and no traffic that could be hidden."""
 
     forward: float
     backward: float
     weight: float
 
     def seconds(self, layout: Layout) -> float:
-        """What a step takes at least: all microbatches dealt out evenly, and what the schedule idles between equal stages. A less even cut
-        adds to each microbatch what it takes from the idle time once.
+        """A step's lower bound: microbatches times the mean rank's compute, and the schedule's idle time between equal stages, of which a
+        rank that is busier than the others takes at most one microbatch's excess.
+
+        Proof, for x seconds of a microbatch on the busiest rank, T on all p, and any of the schedule's sums that only adds, at most p - 1
+        forwards, input and weight gradients of a rank: m x + (its share of T - x) >= (m - 1) x + its share of T, and x >= T / p.
         """
         pp, count = layout.pp, layout.microbatches
-        forward, backward = self.forward / pp, self.backward / pp
-        busy = count * (forward + backward)
-        row = schedule_named(layout.schedule)
-        if pp == 1 or row.bubble_seconds is None:
-            return busy
-        weight = self.weight / pp if row.splits_backward else backward / 2
-        return busy + max(row.bubble_seconds(pp, count, layout.virtual_stages, forward, backward - weight, weight) or 0.0, 0.0)
+        whole = self.forward + self.backward
+        if pp == 1:
+            return count * whole
+        row, virtual = schedule_named(layout.schedule), layout.virtual_stages
+        sums = row.idle(pp, count, virtual) if row.idle is not None else None
+        weight = self.weight if row.splits_backward else self.backward / 2
+        shares = [
+            (f * self.forward + i * (self.backward - weight) + w * weight) / ((pp - 1) * virtual)
+            for f, i, w in sums or ()
+            if min(f, i, w) >= 0 and max(f, i, w) <= (pp - 1) * virtual
+        ]
+        return (count - 1) * whole / pp + max(*shares, whole / pp) if shares else count * whole / pp
 
 
 def _least(priced: Evaluator, layout: Layout) -> _Least | None:

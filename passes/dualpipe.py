@@ -92,6 +92,17 @@ def bubble_seconds(
     return (num_ranks - 1) * forward
 
 
+def idle(num_ranks: int, num_microbatches: int, virtual_stages: int = 2) -> tuple[tuple[int, int, int], ...] | None:
+    """Over the whole step, as in `passes.zero_bubble`: the most of six sums; (p - 1) F where all three take the same time."""
+    later = num_ranks - 1
+    if num_microbatches < 2 * num_ranks:
+        return None
+    return (
+        (2 * later, 0, -2 * later), (2 * later, -later, -later), (later, later, -later), (later, 0, 0), (-1, 2 * later, -later),
+        (-1, later, 0),
+    )  # fmt: skip
+
+
 def bubble(num_ranks: int, num_microbatches: int, virtual_stages: int = 2) -> Fraction | None:
     """The same over the step."""
     if num_microbatches < 2 * num_ranks:

@@ -73,6 +73,12 @@ def bubble_seconds(
     return _idle(num_ranks, num_microbatches, virtual_stages) * (forward + inputs + weights)
 
 
+def idle(num_ranks: int, num_microbatches: int, virtual_stages: int) -> tuple[tuple[int, int, int], ...]:
+    """Over the whole step it is the same."""
+    turns = _idle(num_ranks, num_microbatches, virtual_stages)
+    return ((turns, turns, turns),)
+
+
 def _idle(num_ranks: int, num_microbatches: int, virtual_stages: int) -> int:
     """The stages' turns that a rank idles: p - 1, and v for each microbatch below p, where it fills no turn."""
     missing = max(0, num_ranks - num_microbatches)

@@ -11,7 +11,8 @@ The step, from the last rank to stop:
   + the optimizer's memory traffic                                                         `costmodel.memory.optimizer_seconds`
 
 `exact=True` plays the schedule's instructions with every stage's own times (`passes.step_time`, what the cut pass minimises and plans
-predict); otherwise the idle time is the schedule's published formula for equal stages, plus for each microbatch what a transfer adds.
+predict); otherwise the idle time is that of the schedule for equal stages (`Schedule.idle`), plus for each microbatch what a transfer
+adds.
 
 Overlap. Traffic of an axis in `Layout.overlap` runs beside compute: of a tensor-parallel collective what its unit's compute
 cannot hide is exposed, and always the first of its `tp` pieces; of a data-parallel sum what the last microbatch's backward cannot; of
@@ -245,14 +246,12 @@ class Evaluator:
             times = [torch.tensor([values], dtype=torch.float64) for values in (cut.forward, cut.backward, cut.weight)]
             return float(played(times[0], times[1], sends, None, times[2], layout.barrier))
         forward, backward, weight = cut.others
-        weight = weight if row.splits_backward else backward / 2
-        idle = None
-        if row.bubble_seconds is not None:
-            idle = row.bubble_seconds(pp, count, layout.virtual_stages, forward, backward - weight, weight)
+        virtual = layout.virtual_stages
+        idle = row.idle_seconds(pp, count, virtual, forward / virtual, (backward - weight) / virtual, weight / virtual)
         if idle is None:
-            idle = (pp - 1) * (forward + backward) / layout.virtual_stages
+            idle = (pp - 1) * (forward + backward) / virtual
         slack = busiest.load - forward - backward  # hides transfers
-        waits = max(send * layout.virtual_stages - slack, 0.0)
+        waits = max(send * virtual - slack, 0.0)
         return count * (busiest.load + waits) + max(idle, 0.0) + 2 * (pp - 1) * send
 
     def _optimizer_seconds(self, layout: Layout, cut: Stages) -> float:

@@ -88,15 +88,14 @@ def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
     for node, copy in copies.items():
         copy.meta = dict(node.meta)
     graph.output(returned)
-    copied = fx.GraphModule(module, graph)
     if loss is None:
-        return WeightedLoss(copied, None, 0)
+        return WeightedLoss(fx.GraphModule(module, graph), None, 0)
     walk = _Walk(graph)
     walk.visit(copies[loss])
     copies[loss].meta["loss"] = True
     meeting = dict.fromkeys(str(origin(node)) or str(node.target) for node in where_rows_meet(walk.ends, walk.weighed))
     # before a total takes the place of what it weighs
-    weights = _weights_module(copied, walk.terms) if walk.terms else None
+    weights = _weights_module(module, graph, walk.terms) if walk.terms else None
     shares: dict[fx.Node, fx.Node] = {}
     for index, term in enumerate(walk.terms):
         if term.total is not None:
@@ -108,8 +107,7 @@ def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
         copies[loss].meta.pop("loss")
         shares[copies[loss]].meta["loss"] = True
     graph.lint()
-    copied.recompile()
-    return WeightedLoss(copied, weights, len(walk.terms), tuple(walk.notes), tuple(meeting))
+    return WeightedLoss(fx.GraphModule(module, graph), weights, len(walk.terms), tuple(walk.notes), tuple(meeting))
 
 
 def every_term_weighed(loss: fx.Node) -> bool:
@@ -339,10 +337,11 @@ def _rows(graph: fx.Graph) -> fx.Node:
     return one
 
 
-def _weights_module(module: fx.GraphModule, terms: list[_Term]) -> fx.GraphModule:
+def _weights_module(module: fx.GraphModule, weighed: fx.Graph, terms: list[_Term]) -> fx.GraphModule:
+    """What `terms` of the graph `weighed` weigh; `module` has its parameters and buffers."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
+    for node in weighed.nodes:
         if node.op == "output":
             break
         copies[node] = graph.node_copy(node, lambda n: copies[n])

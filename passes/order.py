@@ -82,6 +82,20 @@ def order(
     of a schedule that trains with SumGradients(). BadArgument for an unknown schedule, sizes below 1, virtual stages that
     the schedule cannot have or an edge that is none; BadSchedule if the schedule's generator is wrong.
     """
+    return _ordered(schedule, num_ranks, num_microbatches, edges, gradient_edges, virtual_stages, stage_ranks, sum_gradients, proved=True)
+
+
+def placed(
+    schedule: str | Schedule, num_ranks: int, num_microbatches: int, edges: Collection[Edge], *, virtual_stages: int | None = None
+) -> Lists:
+    """The same lists without the proof: for asking how long a schedule of SCHEDULES takes, not for running it."""
+    return _ordered(schedule, num_ranks, num_microbatches, edges, None, virtual_stages, None, True, proved=False)
+
+
+def _ordered(
+    schedule: str | Schedule, num_ranks: int, num_microbatches: int, edges: Collection[Edge], gradient_edges: Collection[Edge] | None,
+    virtual_stages: int | None, stage_ranks: Sequence[int] | None, sum_gradients: bool, proved: bool,
+) -> Lists:  # fmt: skip
     row = schedule_named(schedule) if isinstance(schedule, str) else schedule
     for name, size in (("stages", num_ranks), ("microbatches", num_microbatches)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -97,7 +111,8 @@ def order(
     stage_ranks = row.stage_ranks(num_ranks, virtual_stages)
     flow = Flow(stage_ranks, edges, gradient_edges if row.trains else ())
     computes = [tuple(row.generator(rank, num_ranks, num_microbatches, virtual_stages)) for rank in range(num_ranks)]
-    prove_work(computes, flow, num_microbatches, row.trains)
+    if proved:
+        prove_work(computes, flow, num_microbatches, row.trains)
     times = _times(computes, flow)
     if times is None:
         raise BadSchedule(
@@ -106,10 +121,10 @@ def order(
         )
     end: list[Instruction] = [SumGradients()] if row.trains and sum_gradients else []
     lists: Lists = tuple((*placed, *end) for placed in _place(computes, times, flow))
-    prove(
-        lists, edges, gradient_edges=gradient_edges, schedule=row, num_microbatches=num_microbatches,
-        stage_ranks=stage_ranks,
-    )  # fmt: skip
+    if proved:
+        prove(
+            lists, edges, gradient_edges=gradient_edges, schedule=row, num_microbatches=num_microbatches, stage_ranks=stage_ranks,
+        )  # fmt: skip
     return lists
 
 

@@ -63,6 +63,8 @@ class Schedule:
     `bubble_seconds(num_ranks, num_microbatches, virtual_stages, forward, inputs, weights)` is the published formula: the
     most that a rank idles between its first compute and its last, when every stage takes these seconds for a forward,
     its input gradients and its weight gradients; None for times or sizes that the source says nothing of.
+    `idle(num_ranks, num_microbatches, virtual_stages)`: the step takes as long as a rank computes and the most of these sums more, each
+    (forwards, input gradients, weight gradients) of a stage, when all stages take the same time; None where that is not known.
     `virtual_stages` are the numbers of stages a rank may have, None for any from 2 on; the first is the default.
     `placement` says which rank has which stage. `splits_backward` says that there are BackwardInput and BackwardWeight.
     `trains` is False for a schedule of forwards only.
@@ -74,11 +76,23 @@ class Schedule:
     max_in_flight: Callable[..., int]
     bubble: Callable[..., Fraction | None] | None = None
     bubble_seconds: Callable[..., float | None] | None = None
+    idle: Callable[..., tuple[tuple[int, int, int], ...] | None] | None = None
     source: str = ""
     trains: bool = True
     virtual_stages: tuple[int, ...] | None = (1,)
     placement: Placement = loop
     splits_backward: bool = False
+
+    def idle_seconds(
+        self, num_ranks: int, num_microbatches: int, virtual_stages: int, forward: float, inputs: float, weights: float
+    ) -> float | None:
+        """Seconds that a step takes beyond a rank's own computes, when every stage takes these for a forward, its input gradients and its
+        weight gradients; None where it is not known.
+        """
+        sums = self.idle(num_ranks, num_microbatches, virtual_stages) if self.idle is not None else None
+        if sums is None:
+            return None
+        return max(f * forward + i * inputs + w * weights for f, i, w in sums)
 
     @property
     def default_virtual_stages(self) -> int:
@@ -144,6 +158,14 @@ def _pipeline_bubble_seconds(
     return (num_ranks - 1) * (forward + inputs + weights)
 
 
+def _pipeline_idle(num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> tuple[tuple[int, int, int], ...]:
+    return ((num_ranks - 1,) * 3,)
+
+
+def _naive_idle(num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> tuple[tuple[int, int, int], ...]:
+    return ((num_microbatches * (num_ranks - 1),) * 3,)
+
+
 def _naive_bubble_seconds(
     num_ranks: int, num_microbatches: int, virtual_stages: int, forward: float, inputs: float, weights: float
 ) -> float:
@@ -160,6 +182,7 @@ SCHEDULES: dict[str, Schedule] = {
             max_in_flight=lambda rank, num_ranks, num_microbatches, virtual_stages=1: 1,
             bubble=lambda num_ranks, num_microbatches, virtual_stages=1: Fraction(num_ranks - 1, num_ranks),
             bubble_seconds=_naive_bubble_seconds,
+            idle=_naive_idle,
             source="Huang et al. 2019, GPipe, figure 2b: one of K accelerators works at a time",
         ),
         Schedule(
@@ -169,6 +192,7 @@ SCHEDULES: dict[str, Schedule] = {
             max_in_flight=lambda rank, num_ranks, num_microbatches, virtual_stages=1: num_microbatches,
             bubble=_pipeline_bubble,
             bubble_seconds=_pipeline_bubble_seconds,
+            idle=_pipeline_idle,
             source="Huang et al. 2019, GPipe, section 2.3: (K - 1) / (M + K - 1)",
         ),
         Schedule(
@@ -180,6 +204,7 @@ SCHEDULES: dict[str, Schedule] = {
             ),
             bubble=_pipeline_bubble,
             bubble_seconds=_pipeline_bubble_seconds,
+            idle=_pipeline_idle,
             source="Narayanan et al. 2021, Megatron-LM, section 2.2: (p - 1) / m of the ideal time, PipeDream-Flush",
         ),
         Schedule(
@@ -189,6 +214,7 @@ SCHEDULES: dict[str, Schedule] = {
             max_in_flight=interleaved.in_flight,
             bubble=interleaved.bubble,
             bubble_seconds=interleaved.bubble_seconds,
+            idle=interleaved.idle,
             source="Narayanan et al. 2021, Megatron-LM, section 2.2: (p - 1) / (v m) of the ideal time",
             virtual_stages=None,
         ),
@@ -199,6 +225,7 @@ SCHEDULES: dict[str, Schedule] = {
             max_in_flight=lambda rank, num_ranks, num_microbatches, virtual_stages=1: min(num_microbatches, num_ranks),
             bubble=zero_bubble.zb_h1_bubble,
             bubble_seconds=zero_bubble.zb_h1_bubble_seconds,
+            idle=zero_bubble.zb_h1_idle,
             source="Qi et al. 2023, Zero Bubble Pipeline Parallelism, table 2: (p - 1)(F + B - W), memory p",
             splits_backward=True,
         ),
@@ -209,6 +236,7 @@ SCHEDULES: dict[str, Schedule] = {
             max_in_flight=zero_bubble.zb_h2_in_flight,
             bubble=zero_bubble.zb_h2_bubble,
             bubble_seconds=zero_bubble.zb_h2_bubble_seconds,
+            idle=zero_bubble.zb_h2_idle,
             source="Qi et al. 2023, Zero Bubble Pipeline Parallelism, table 2: (p - 1)(F + B - 2W), memory 2p - 1",
             splits_backward=True,
         ),
@@ -219,6 +247,7 @@ SCHEDULES: dict[str, Schedule] = {
             max_in_flight=zero_bubble.zb_v_in_flight,
             bubble=zero_bubble.zb_v_bubble,
             bubble_seconds=zero_bubble.zb_v_bubble_seconds,
+            idle=zero_bubble.zb_v_idle,
             source="Qi et al. 2023, Zero Bubble Pipeline Parallelism, section 6: none for F = B = W, memory 2p half stages",
             virtual_stages=(2,),
             placement=v_shape,
@@ -231,6 +260,7 @@ SCHEDULES: dict[str, Schedule] = {
             max_in_flight=dualpipe.in_flight,
             bubble=dualpipe.bubble,
             bubble_seconds=dualpipe.bubble_seconds,
+            idle=dualpipe.idle,
             source="DualPipe (arXiv 2412.19437), its repository's README: (PP / 2 - 1)(F&B + B - 3W), memory PP + 1, PP = 2p",
             virtual_stages=(2,),
             placement=v_shape,

@@ -25,7 +25,7 @@ from passes.instructions import (
     Compute,
     Forward,
 )
-from passes.order import Lists, order
+from passes.order import Lists, placed
 from passes.schedules import Schedule
 from passes.timeline import Channel, _steps
 
@@ -71,7 +71,7 @@ class StepTimes:
         counts = [played] if played == num_microbatches else [played - num_ranks, played]
         self._further = num_microbatches - played
         self._programs = [
-            _compiled(order(schedule, num_ranks, count, chain, virtual_stages=virtual_stages), self.stage_ranks)
+            _compiled(placed(schedule, num_ranks, count, chain, virtual_stages=virtual_stages), self.stage_ranks)
             for count in counts
         ]
 
@@ -92,6 +92,10 @@ class StepTimes:
             for source, to in used.any(0).nonzero().tolist():
                 if to > source + 1 and self.stage_ranks[source] != self.stage_ranks[to]:
                     skips[source, to] = sends[:, source, to].masked_fill(~used[:, source, to], -torch.inf)
+        if len(forward) == 1 and barrier and not skips:
+            times = tuple(of[0].tolist() for of in (forward, backward, backward / 2 if weight is None else weight))
+            each = [_play_once(program, self.stage_ranks, times[0], times[1], times[2], sends[0].tolist()) for program in self._programs]
+            return torch.tensor([each[-1] + (each[-1] - each[0]) * (self._further / self.num_ranks)], dtype=torch.float64)
         found = [_play(program, self.stage_ranks, forward, backward, sends, skips, weight, barrier) for program in self._programs]
         return found[-1] + (found[-1] - found[0]) * (self._further / self.num_ranks)
 
@@ -169,3 +173,31 @@ def _play(
     if not barrier:
         return torch.stack([torch.maximum(now[rank], unfinished[rank]) - start for rank, start in begun.items()]).amax(0)
     return torch.stack([*now, *unfinished]).amax(0)
+
+
+def _play_once(
+    program: Sequence[_Post | _Work], stage_ranks: Sequence[int], forward: Sequence[float], backward: Sequence[float],
+    weight: Sequence[float], sends: Sequence[Sequence[float]],
+) -> float:  # fmt: skip
+    """`_play` of one assignment, in numbers, without skips and with the barrier."""
+    num_ranks = max(stage_ranks) + 1
+    now, unfinished = [0.0] * num_ranks, [0.0] * num_ranks
+    arrived: dict[_Slot, float] = {}
+    inputs = [whole - part for whole, part in zip(backward, weight, strict=True)]
+    seconds: dict[type[Compute], Sequence[float]] = {
+        Forward: forward, Backward: backward, BackwardInput: inputs, BackwardWeight: weight
+    }
+    for one in program:
+        rank = one.rank
+        if isinstance(one, _Work):
+            start = now[rank]
+            for slot in one.receives:
+                start = max(start, arrived.pop(slot))
+            now[rank] = start + seconds[one.kind][one.stage]
+        else:
+            now[rank] = max(now[rank], unfinished[rank])
+            for slot in one.sends:
+                source, to, _ = slot[0]
+                arrived[slot] = over = now[rank] + sends[min(source, to)][max(source, to)]
+                unfinished[rank] = max(unfinished[rank], over)
+    return max(*now, *unfinished)

@@ -13,6 +13,7 @@ from torch import nn
 from autopar.options import profile_for
 from autopar.runtime.world import launched_ranks
 from autopar.search import search
+from autopar.search_space import ZEROS
 from costmodel.errors import BadArgument
 
 AUTO = "auto"
@@ -34,12 +35,13 @@ def ranks_here(model: nn.Module) -> int:
 
 def decided(
     model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...] | None, options: Mapping[str, Any], *, gpus: int | None = None,
-    loss_fn: Callable[..., torch.Tensor] | None = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None, compile: Any = False,
 ) -> dict[str, Any]:  # fmt: skip
     """`options` of `parallelize` with every "auto" decided: the fastest layout of `gpus` ranks (None: what the degrees multiply to, or
     those of this job where a degree is auto).
 
-    A number of bytes as `recompute` is the memory of a rank. BadArgument without example inputs; DoesNotFit as `search` raises it.
+    A number of bytes as `recompute` is the memory of a rank. With `compile`, ZeRO 3 is none of the choices: it does not run then.
+    BadArgument without example inputs; DoesNotFit as `search` raises it.
     """
     if example_inputs is None:
         asked = ", ".join(name for name in DECISIONS if options.get(name) == AUTO)
@@ -54,7 +56,8 @@ def decided(
         model, example_inputs, gpus=gpus, hardware=profile_for(found.get("hardware"), model), memory_bytes=limit,
         tp=found.get("tp", 1), pp=found.get("pp", 1), dp=found.get("dp", 1), microbatches=found.get("microbatches"),
         schedule=found.get("schedule", "1f1b"), virtual_stages=found.get("virtual_stages"),
-        recompute=AUTO if limit is not None else found.get("recompute", "none"), zero=found.get("zero", 0), sequence_parallel=sequence,
+        recompute=AUTO if limit is not None else found.get("recompute", "none"),
+        zero=found.get("zero", 0), zeros=ZEROS[:3] if compile else ZEROS, sequence_parallel=sequence,
         precision=found.get("precision", "fp32"), loss_fn=loss_fn, top=1,
     )  # fmt: skip
     best = plans.predictions[0].layout

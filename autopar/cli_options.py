@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import logging
 import math
@@ -36,12 +35,13 @@ class Progress:
     """What is being done, on one line of a terminal that is gone afterwards. Silent in a pipe."""
 
     def __init__(self) -> None:
-        self.shown, self.begin, self.filled = sys.stderr.isatty(), time.monotonic(), -1
+        self.stream = sys.stderr  # as it is now: `quiet` keeps what others write off it
+        self.shown, self.begin, self.filled = self.stream.isatty(), time.monotonic(), -1
 
     def __call__(self, text: str) -> None:
         if self.shown:
             seconds = time.monotonic() - self.begin
-            print(f"\r\x1b[2K{text} ... ({seconds:.0f} s)", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[2K{text} ... ({seconds:.0f} s)", end="", file=self.stream, flush=True)
 
     def bar(self, done: int, total: int) -> None:
         """A bar of 30 columns, drawn when it grows."""
@@ -52,7 +52,7 @@ class Progress:
 
     def end(self) -> None:
         if self.shown:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+            print("\r\x1b[2K", end="", file=self.stream, flush=True)
 
 
 @contextlib.contextmanager
@@ -155,7 +155,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def hardware_of(arguments: argparse.Namespace) -> Hardware | str | None:
+def hardware_of(arguments: argparse.Namespace) -> Hardware | None:
     profile = None if arguments.hardware is None else hardware_named(arguments.hardware)
     if arguments.nodes is None:
         return profile
@@ -163,13 +163,7 @@ def hardware_of(arguments: argparse.Namespace) -> Hardware | str | None:
     if "auto" in degrees and arguments.gpus is None:
         raise BadArgument("--nodes and auto degrees need --gpus", use="--gpus N")
     ranks = arguments.gpus if "auto" in degrees else math.prod(degrees)
-    if ranks % arguments.nodes:
-        raise BadArgument(
-            f"{ranks} ranks cannot be spread evenly over {arguments.nodes} nodes", use="a divisor of the ranks"
-        )
-    profile = profile or hardware_named("cpu")
-    name = f"{profile.name} on {arguments.nodes} node{'s' if arguments.nodes > 1 else ''}"
-    return dataclasses.replace(profile, name=name, devices_per_node=ranks // arguments.nodes)
+    return (profile or hardware_named("cpu")).on_nodes(ranks, arguments.nodes)
 
 
 def parallel(arguments: argparse.Namespace, target: Target, progress: Progress) -> ParallelModel:

@@ -12,7 +12,6 @@ from autopar.cli_options import (
     check_writable,
     degree,
     degree_or_auto,
-    hardware_of,
     num_bytes,
     quiet,
     resolve_target,
@@ -22,6 +21,7 @@ from autopar.precision import PRECISIONS
 from autopar.search import search
 from autopar.search_text import search_text, to_json
 from costmodel.errors import BadArgument
+from costmodel.hardware import hardware as hardware_named
 
 AUTO = "auto"
 _DEFAULT_HARDWARE = "h100-sxm"
@@ -56,18 +56,16 @@ def run_search(arguments: argparse.Namespace, progress: Progress) -> int:
             check_writable(path)
     if arguments.gpus < 1:
         raise BadArgument(f"--gpus {arguments.gpus}: there is nothing to plan for", use="the number of devices, 1 or more")
-    nodes, arguments.nodes = arguments.nodes, None  # spread by `search`, which knows the degrees
-    profile = hardware_of(arguments)
-    assert profile is not None
+    profile = hardware_named(arguments.hardware)
     target = resolve_target(arguments, progress)
     progress("tracing")
     with quiet(arguments.debug):
         plans = search(
-            target.model, target.example_inputs, gpus=arguments.gpus, hardware=profile, nodes=nodes, memory_bytes=arguments.memory,
-            global_batch=arguments.global_batch, precision=arguments.precision, tp=arguments.tp, pp=arguments.pp, dp=arguments.dp,
-            microbatches=arguments.microbatches, schedule=arguments.schedule, virtual_stages=arguments.virtual_stages,
-            recompute=arguments.recompute, zero=AUTO if arguments.zero == AUTO else int(arguments.zero), top=arguments.top,
-            progress=progress.bar,
+            target.model, target.example_inputs, gpus=arguments.gpus, hardware=profile, nodes=arguments.nodes,
+            memory_bytes=arguments.memory, global_batch=arguments.global_batch, precision=arguments.precision,
+            tp=arguments.tp, pp=arguments.pp, dp=arguments.dp, microbatches=arguments.microbatches,
+            schedule=arguments.schedule, virtual_stages=arguments.virtual_stages, recompute=arguments.recompute,
+            zero=AUTO if arguments.zero == AUTO else int(arguments.zero), top=arguments.top, progress=progress.bar,
         )  # fmt: skip
         if arguments.html is not None:
             from autopar.search_html import search_html

@@ -88,7 +88,7 @@ def parallelize(
         "precision": precision, "recompute": recompute, "sequence_parallel": sequence_parallel, "hardware": hardware,
     }  # fmt: skip
     if plan is None and is_auto(asked):
-        asked = decided(model, example_inputs, asked, loss_fn=loss_fn)
+        asked = decided(model, example_inputs, asked, loss_fn=loss_fn, compile=compile)
     options = checked_options(
         model, **asked, loss_fn=loss_fn, overrides=overrides, plan=plan, compile=compile, device=device, seed=seed,
         mesh_order=mesh_order,

@@ -12,9 +12,11 @@ A plan of the result is an ordinary `Plan` that is made when first looked into: 
 
 from __future__ import annotations
 
+import gc
 import heapq
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, overload
 
@@ -131,6 +133,7 @@ def search(
     virtual_stages: int | None = None,
     recompute: str = "auto",
     zero: int | str = "auto",
+    zeros: Sequence[int] = ZEROS,
     sequence_parallel: bool | str = "auto",
     precision: str = "fp32",
     loss_fn: Callable[..., torch.Tensor] | None = None,
@@ -142,7 +145,7 @@ def search(
     example_inputs: as of `parallelize`; of their sizes all but the rows are what is planned for. global_batch: rows of all replicas
     (None: each replica has the rows of the example). nodes: how many the devices are spread over; memory_bytes: of a device, where it
     is not the profile's. precision: as of `parallelize`; the model is traced in it. The rest are decisions: "auto" leaves them to the
-    search, anything else is kept.
+    search, anything else is kept; `zeros`: the ZeRO stages that zero="auto" may choose.
 
     BadArgument: no devices, unknown hardware, a batch that no layout divides. DoesNotFit: no layout is within the memory; it says what
     would be. Errors of tracing as `parallelize` raises them.
@@ -156,11 +159,31 @@ def search(
         gpus, global_batch, traced.sizes.get("B", 1), _given("tp", tp), _given("pp", pp), _given("dp", dp),
         _given("microbatches", microbatches), None if schedule == "auto" else (schedule_named(schedule).name,), virtual_stages,
         RECOMPUTES if recompute == "auto" else (_one_of("recompute", recompute, RECOMPUTES),),
-        ZEROS if zero == "auto" else (_one_of("zero", zero, ZEROS),),
+        tuple(zeros) if zero == "auto" else (_one_of("zero", zero, ZEROS),),
         (False, True) if sequence_parallel == "auto" else (_one_of("sequence_parallel", sequence_parallel, (False, True)),),
         traced.precision.name,
     )  # fmt: skip
+    with _collector_paused():
+        return _searched(traced, own_name, space, profile, top, progress)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A search makes hundreds of thousands of values and hardly a cycle of them; the collector would walk the whole traced graph again and
+    again meanwhile.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _searched(traced: Traced, own_name: str, space: Space, profile: Hardware, top: int, progress: Progress) -> Plans:
     begin = time.perf_counter()
+    gpus = space.gpus
     priced = evaluator(traced, None, profile.for_ranks(gpus))
     space.check(priced.facts, profile)
     found = _enumerate(priced, space, progress)
@@ -187,10 +210,7 @@ def _profile(hardware: str | Hardware, gpus: int, nodes: int | None, memory_byte
     profile = hardware_named(hardware)
     if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
         raise BadArgument(f"gpus = {gpus!r}: there is nothing to plan for", use="the number of devices, 1 or more")
-    if nodes is not None:
-        if nodes < 1 or gpus % nodes:
-            raise BadArgument(f"{gpus} GPUs cannot be spread evenly over {nodes} nodes", use="a divisor of the GPUs")
-        profile = replace(profile, devices_per_node=gpus // nodes)
+    profile = profile.on_nodes(gpus, nodes)
     return replace(profile, memory_bytes=memory_bytes) if memory_bytes is not None else profile
 
 

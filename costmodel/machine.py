@@ -216,6 +216,19 @@ class Hardware:
         together = max(1, min(axis_size, self.devices_per_node // stride))
         return AxisLink(self.inside, self.across, together, -(-axis_size // together))
 
+    def on_nodes(self, num_ranks: int, num_nodes: int | None) -> Hardware:
+        """The profile with `num_ranks` devices spread evenly over `num_nodes` nodes, and named so; the profile itself for None. BadArgument
+        if they cannot be.
+        """
+        if num_nodes is None:
+            return self
+        if num_nodes < 1 or num_ranks % num_nodes:
+            raise BadArgument(
+                f"{num_ranks} ranks cannot be spread evenly over {num_nodes} nodes", use=f"a divisor of {num_ranks}"
+            )
+        name = f"{self.name} on {num_nodes} node{'s' if num_nodes > 1 else ''}"
+        return replace(self, name=name, devices_per_node=num_ranks // num_nodes)
+
     def for_ranks(self, num_ranks: int) -> Hardware:
         """The profile of one of `num_ranks` that compute at the same time, as many in a node as it has devices: its rates where they share
         what they compute with. From one rank to `sharing_ranks` the share falls linearly to `shared_rate`, beyond it what those reach

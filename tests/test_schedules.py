@@ -345,6 +345,22 @@ def test_ranks_idle_as_long_as_the_published_formula_says(name: str, microbatche
                 assert stated == pytest.approx(PUBLISHED[name](p, m, v, *times))
 
 
+@every_row
+def test_a_step_takes_a_ranks_computes_and_the_idle_time_more(name: str, microbatches: Sequence[int]) -> None:
+    """The rows' sums by the simulation, for any times of equal stages: orders of magnitude apart, too."""
+    row, draw = schedule(name), random.Random(name)
+    for size in sizes(name, microbatches):
+        p, v, m = size
+        for _ in range(4):
+            forward, inputs, weights = (10 ** draw.uniform(-1, 1) for _ in range(3))
+            stated = row.idle_seconds(p, m, v, forward, inputs, weights)
+            if stated is None:
+                assert row.splits_backward and m < 2 * p
+                continue
+            step = played(name, size, times=(forward, inputs, weights)).step_seconds
+            assert step == pytest.approx(m * v * (forward + inputs + weights) + stated, rel=1e-9)
+
+
 def test_times_that_the_sources_say_nothing_of_have_no_stated_bubble() -> None:
     for name, times in (("zb-h1", (1, 1, 1.1)), ("zb-h2", (1, 1, 1.1)), ("zb-v", (1, 1.1, 1)), ("dualpipe-v", (1, 1, 0.9))):
         stated = schedule(name).bubble_seconds

@@ -26,8 +26,10 @@ from autopar.cli_options import (
     DONE,
     Progress,
     check_writable,
+    degree,
     layout,
     load_plan,
+    num_bytes,
     parallel,
     plan_of,
     plan_options,
@@ -36,7 +38,7 @@ from autopar.cli_options import (
     resolve_target,
     target_options,
 )
-from autopar.cli_search import run_search, search_arguments
+from autopar.cli_search import is_decision, run_explain_decision, run_search, search_arguments
 from autopar.cli_timeline import run_timeline, timeline_arguments
 from autopar.emit_files import emit_files, save_weights
 from autopar.explain import LEGEND, explain
@@ -132,6 +134,10 @@ def _run_verify(arguments: argparse.Namespace, progress: Progress) -> int:
 
 
 def _run_explain(arguments: argparse.Namespace, progress: Progress) -> int:
+    if is_decision(arguments.name):
+        return run_explain_decision(arguments, progress)
+    for name, value in _EXPLAINED.items():
+        setattr(arguments, name, value if getattr(arguments, name) is None else getattr(arguments, name))
     par = parallel(arguments, resolve_target(arguments, progress), progress)
     traced = par._traced
     assert traced is not None
@@ -204,10 +210,21 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
+# What of a plan's options is 1f1b and the like for a parameter, and left to the search for a decision.
+_EXPLAINED: dict[str, Any] = {"tp": 1, "pp": 1, "dp": 1, "zero": 0, "schedule": "1f1b", "recompute": "none"}
+
+
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     target_options(parser)
-    parser.add_argument("name", metavar="NAME", help="a parameter's name, or a module's path for all of its parameters")
+    parser.add_argument(
+        "name", metavar="NAME",
+        help="a parameter's name, or a module's path for all of its parameters; or, with --gpus, a decision of `autopar search` (tp) "
+        "or one value of it (tp=16): options that are not given are then left to the search",
+    )  # fmt: skip
     plan_options(parser)
+    parser.set_defaults(**dict.fromkeys(_EXPLAINED))
+    parser.add_argument("--global-batch", type=degree, metavar="ROWS", help="of a decision: rows a step")
+    parser.add_argument("--memory", type=num_bytes, metavar="BYTES", help="of a decision: of a device, such as 70GiB")
     parser.add_argument("--json", action="store_true", help="print the candidates as JSON")
 
 
@@ -249,6 +266,7 @@ _COMMANDS: dict[str, _Command] = {
         (
             "autopar explain examples/mlp.py:example block0.up.weight --tp 2",
             "autopar explain hf:MODEL_TYPE model.layers.0 --tp 4 --hardware h100-sxm",
+            "autopar explain hf:MODEL_TYPE tp=16 --gpus 64 --hardware h100-sxm --global-batch 256 --precision bf16",
         ),
         _explain_arguments,
         _run_explain,

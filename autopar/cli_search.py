@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from autopar.cli_options import (
     DONE,
@@ -17,6 +18,8 @@ from autopar.cli_options import (
     resolve_target,
     target_options,
 )
+from autopar.explain_decision import LEGEND as DECISION_LEGEND
+from autopar.explain_decision import decision_of
 from autopar.precision import PRECISIONS
 from autopar.search import search
 from autopar.search_text import search_text, to_json
@@ -48,6 +51,38 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--json", action="store_true", help="print as JSON")
     out.add_argument("--html", metavar="FILE", help="also write a page: the front of time and memory, timelines")
     out.add_argument("--save", metavar="FILE", help="also write the best plan, for `autopar emit --plan`")
+
+
+def is_decision(name: str) -> bool:
+    """True for a decision of a search ("tp") or a value of one ("tp=16")."""
+    return decision_of(name) is not None
+
+
+def run_explain_decision(arguments: argparse.Namespace, progress: Progress) -> int:
+    """`autopar explain TARGET tp=16 --gpus N`."""
+    if arguments.gpus is None:
+        raise BadArgument(f"explain {arguments.name} is about a search", why="it needs to know for how many devices", use="--gpus N")
+    target = resolve_target(arguments, progress)
+    progress("tracing")
+
+    def given(name: str) -> Any:
+        value = getattr(arguments, name)
+        return AUTO if value is None else value
+
+    with quiet(arguments.debug):
+        plans = search(
+            target.model, target.example_inputs, gpus=arguments.gpus, hardware=arguments.hardware or _DEFAULT_HARDWARE,
+            nodes=arguments.nodes, memory_bytes=arguments.memory, global_batch=arguments.global_batch, precision=arguments.precision,
+            virtual_stages=arguments.virtual_stages, progress=progress.bar,
+            **{name: given(name) for name in ("tp", "pp", "dp", "microbatches", "schedule", "recompute", "zero")},
+        )  # fmt: skip
+        found = plans.explain(arguments.name)
+    progress.end()
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        print(f"{DECISION_LEGEND}\n\n{found}")
+    return DONE
 
 
 def run_search(arguments: argparse.Namespace, progress: Progress) -> int:

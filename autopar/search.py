@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ from costmodel.errors import AutoparError, BadArgument, DoesNotFit
 from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_named
 from passes.schedules import schedule as schedule_named
+
+if TYPE_CHECKING:
+    from autopar.explain_decision import DecisionExplanation
 
 EXACT = 8  # of the fastest layouts: priced again, with their schedules played
 PLAYED_COMPUTES = 12_000  # forwards of all schedules that are played: what a few seconds are enough for
@@ -114,6 +117,12 @@ class Plans(Sequence[Plan]):
         from autopar.search_text import search_text
 
         return search_text(self)
+
+    def explain(self, decision: str) -> DecisionExplanation:
+        """Why a decision is as it is: `explain("tp")` for all its values, `explain("tp=16")` for one; prints as a table."""
+        from autopar.explain_decision import explain_decision
+
+        return explain_decision(self, decision)
 
 
 def search(
@@ -308,11 +317,26 @@ class _Found:
             self.by_memory[size] = found
 
 
-def _enumerate(priced: Evaluator, space: Space, progress: Progress = lambda done, total: None) -> _Found:
+def best_with(plans: Plans, name: str, value: Any) -> LayoutPrediction | None:
+    """The fastest layout that has this value of a decision, its schedule played; the one that comes nearest where none fits; None where
+    there is none. The other decisions are as free as in the search.
+    """
+    known = plans.decisions.get(name, {}).get(value)
+    if known is None:
+        with _collector_paused():
+            found = _enumerate(plans.evaluator, plans.space.holding(name, value), keep=lambda layout: getattr(layout, name) == value)
+        known = max(found.fastest)[2] if found.fastest else found.smallest
+    return None if known is None else exactly(plans.evaluator, known) or known
+
+
+def _enumerate(
+    priced: Evaluator, space: Space, progress: Progress = lambda done, total: None, keep: Callable[[Layout], bool] = lambda layout: True
+) -> _Found:
     """Prices layouts in the order of what they take at least, and leaves out those that can no longer be kept."""
     found, facts = _Found(), priced.facts
     groups: list[tuple[float, int, _Least, list[Layout]]] = []
     for group in space.layouts(facts, priced.hardware):
+        group = list(filter(keep, group))
         if group and (least := _least(priced, replace(group[0], recompute="none"))) is not None:
             groups.append((min(map(least.seconds, group)), len(groups), least, group))
     groups.sort(key=lambda entry: entry[:2])

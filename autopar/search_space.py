@@ -10,7 +10,8 @@ Context and expert parallelism are further fields of `passes.layout.Layout`; a n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from costmodel.errors import BadArgument
 from costmodel.hardware import Hardware
@@ -46,6 +47,12 @@ class Space:
     zeros: tuple[int, ...] = ZEROS
     sequence_parallel: tuple[bool, ...] = (False, True)
     precision: str = "fp32"
+
+    def holding(self, name: str, value: Any) -> Space:
+        """The space with one decision taken, as far as it has a place for it (rows of a microbatch have none)."""
+        lists = {"zero": "zeros", "sequence_parallel": "sequence_parallel", "schedule": "schedules", "recompute": "recomputes"}
+        taken: dict[str, Any] = {lists[name]: (value,)} if name in lists else {name: value}
+        return self if name == "microbatch_rows" else replace(self, **taken)
 
     def degrees(self, facts: Facts, devices_per_node: int) -> list[tuple[int, int, int]]:
         """Every (tp, pp, dp) whose product is the number of devices."""

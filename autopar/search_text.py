@@ -73,7 +73,8 @@ def why_slower(best: LayoutPrediction, other: LayoutPrediction, plans: Plans) ->
     return text
 
 
-def _value_text(name: str, value: Any) -> str:
+def value_text(name: str, value: Any) -> str:
+    """A value of a decision in words."""
     shown = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
     return f"{_LABELS[name]} {shown}" if name in _LABELS else f"{name}={shown}"
 
@@ -86,7 +87,7 @@ def reasons(plans: Plans) -> list[tuple[str, str, LayoutPrediction]]:
         own = getattr(best.layout, name)
         others = [(value, other) for value, other in plans.decisions.get(name, {}).items() if value != own]
         others.sort(key=lambda item: (not item[1].fits, item[1].step_seconds))
-        found += [(_value_text(name, value), why_slower(best, other, plans), other) for value, other in others[:_SHOWN]]
+        found += [(value_text(name, value), why_slower(best, other, plans), other) for value, other in others[:_SHOWN]]
     return found
 
 

@@ -123,15 +123,15 @@ class Evaluator:
                 counts[name] = counts.get(name, 0) + self.folded.count(node)
         return max(counts, key=lambda name: counts[name], default="f32")
 
-    def _pricing(self, rows: int, precision: str = "") -> Pricing:
-        """`precision` "fp8" and "tf32" run products with weights in another dtype than the graph's."""
+    def pricing(self, rows: int, precision: str = "") -> Pricing:
+        """Prices of microbatches of so many rows. `precision` "fp8" and "tf32" run products with weights in another dtype."""
         dtype = precision if precision in ("fp8", "tf32") else None
         return Pricing(self.hardware, {**self.sizes, **({"B": rows} if "B" in self.sizes else {})}, dtype)
 
     def model_flops(self, rows: int) -> float:
         """FLOPs of a forward and backward of so many rows on the whole model, nothing computed twice."""
         if rows not in self._flops:
-            pricing, total = self._pricing(rows), 0.0
+            pricing, total = self.pricing(rows), 0.0
             for node in self.folded.module.graph.nodes:
                 if is_call(node) and is_trainable(node):
                     cost = pricing.cost(call_of(node), tuple(map(is_trainable, tensor_inputs(node))))
@@ -145,7 +145,7 @@ class Evaluator:
         """The folded graph sharded over tp. NoLegalSharding or UnevenShard where it cannot be."""
         key = _graph_key(tp, sequence_parallel)
         if key not in self._graphs:
-            nominal = self._pricing(1)
+            nominal = self.pricing(1)
             module = self.folded.module
             loss = next((node for node in module.graph.nodes if node.meta.get("loss")), None)
             plan = shard(
@@ -161,7 +161,7 @@ class Evaluator:
         key = self._units_key(layout)
         if key not in self._units:
             self._units[key] = unit_costs(
-                self.graph(layout.tp, layout.sequence_parallel), self._pricing(layout.microbatch_rows, layout.precision),
+                self.graph(layout.tp, layout.sequence_parallel), self.pricing(layout.microbatch_rows, layout.precision),
                 recompute=layout.recompute, replay_all=layout.replay_all, fused=layout.fused, cp=layout.cp,
                 context_link=self._link(layout, "cp"),
             )  # fmt: skip

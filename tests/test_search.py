@@ -165,6 +165,46 @@ def test_the_page_needs_nothing_else_and_shows_front_and_timelines() -> None:
     assert page.count("<circle") >= 1 and page.count("Timeline of plan") == 2
 
 
+# ---- why a decision is as it is -------------------------------------------------------------------------------------
+
+
+def test_a_decision_is_explained_by_the_best_layouts_with_its_other_values() -> None:
+    plans = searched()
+    best = plans.predictions[0]
+    for name, chosen in (("tp", best.layout.tp), ("zero", best.layout.zero), ("recompute", best.layout.recompute)):
+        found = plans.explain(name)
+        assert found.choices and chosen not in {choice.value for choice in found.choices}
+        for choice in found.choices:
+            assert choice.found is not None and getattr(choice.found.layout, name) == choice.value
+            assert choice.found.layout.num_ranks == 8 and choice.found.layout.global_rows == 16
+            if choice.only is not None:
+                assert getattr(choice.only.layout, name) == choice.value and choice.only.layout.num_ranks == 8
+                assert choice.only.step_seconds >= choice.found.step_seconds * 0.97 or not choice.only.fits
+        assert "calibrated profile" in str(found) and "+-" in str(found)
+        assert json.loads(json.dumps(found.to_json()))["decision"] == name
+
+
+def test_one_value_is_explained_with_the_collective_that_it_slows_or_the_memory_it_misses() -> None:
+    plans = searched(nodes=4, tp="auto", pp=1, dp="auto")
+    text = str(plans.explain("tp=8"))
+    assert "crosses nodes" in text and "only tp=8" in text
+    two = searched(nodes=4, tp=2, dp=4, pp=1)
+    held = two.explain("tp=8").choices[0]
+    assert held.found is None or "x slower" in held.why
+    least = min(found.peak_bytes for found in searched().front)
+    tight = searched(memory_bytes=int(least * 1.05))
+    misses = next(c for c in tight.explain("zero").choices if c.found is not None and not c.found.fits)
+    assert "too much" in misses.why and "needs" in misses.why
+
+
+def test_values_that_cannot_be_are_said_to_be_so() -> None:
+    plans = searched()
+    assert "does not divide 8 GPUs" in plans.explain("tp=3").choices[0].why
+    for asked, message in (("speed", "is no decision"), ("schedule=2f2b", "is no choice"), ("tp=x", "is no choice")):
+        with pytest.raises(BadArgument, match=message):
+            plans.explain(asked)
+
+
 # ---- plans ----------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +340,17 @@ def test_the_command_prints_saves_and_draws(tmp_path, capsys: pytest.CaptureFixt
     assert len(json.loads(capsys.readouterr().out)["plans"]) == 3
     assert main(["plan", "examples/mlp.py:example", "--tp", "auto", "--pp", "auto", "--gpus", "4"]) == 0
     assert "parameters" in capsys.readouterr().out
+
+
+def test_the_command_explains_a_decision(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["explain", "examples/mlp.py:example", "pp=2", "--gpus", "4", "--hardware", "cpu"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "only pp=2" in text or "* " in text
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["decision"] == "pp"
+    assert main(["explain", "examples/mlp.py:example", "pp=2"]) == 2
+    assert "--gpus N" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

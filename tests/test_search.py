@@ -191,8 +191,8 @@ def test_one_value_is_explained_with_the_collective_that_it_slows_or_the_memory_
     two = searched(nodes=4, tp=2, dp=4, pp=1)
     held = two.explain("tp=8").choices[0]
     assert held.found is None or "x slower" in held.why
-    least = min(found.peak_bytes for found in searched().front)
-    tight = searched(memory_bytes=int(least * 1.05))
+    least = min(found.memory.needed_bytes for found in searched().front)
+    tight = searched(memory_bytes=int(least * 1.002))
     misses = [c for name in ("zero", "recompute", "tp", "pp") for c in tight.explain(name).choices if c.found and not c.found.fits]
     assert misses and all("too much" in choice.why and "needs" in choice.why for choice in misses)
 

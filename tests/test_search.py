@@ -191,10 +191,15 @@ def test_one_value_is_explained_with_the_collective_that_it_slows_or_the_memory_
     two = searched(nodes=4, tp=2, dp=4, pp=1)
     held = two.explain("tp=8").choices[0]
     assert held.found is None or "x slower" in held.why
-    least = min(found.memory.needed_bytes for found in searched().front)
-    tight = searched(memory_bytes=int(least * 1.002))
-    misses = [c for name in ("zero", "recompute", "tp", "pp") for c in tight.explain(name).choices if c.found and not c.found.fits]
-    assert misses and all("too much" in choice.why and "needs" in choice.why for choice in misses)
+    whole = searched(tp=8, pp=1)
+    layouts = [layout for group in whole.space.layouts(whole.evaluator.facts, whole.hardware) for layout in group]
+    least = {
+        kind: min(whole.evaluator.predict(layout).memory.needed_bytes for layout in layouts if layout.recompute == kind)
+        for kind in ("none", "full")
+    }
+    tight = searched(tp=8, pp=1, memory_bytes=int(least["full"] + least["none"]) // 2)
+    choice = tight.explain("recompute=none").choices[0]
+    assert choice.found is not None and not choice.found.fits and "too much" in choice.why and "needs" in choice.why
 
 
 def test_values_that_cannot_be_are_said_to_be_so() -> None:

@@ -27,6 +27,7 @@ from autopar.program import Program, load_program
 from autopar.ranks import ProcessRank, Ranks, ThreadedRanks
 from autopar.runtime.compiled import Compile
 from autopar.runtime.world import World, check_world_size, launched, launched_ranks
+from autopar.state import check_shape, full_value, stage_of_parameter
 from autopar.step_profile import StepProfile, step_profile
 from autopar.trace import Traced, trace
 from costmodel.errors import AutoparError, BadArgument, BadPlan, DoesNotFit
@@ -134,6 +135,7 @@ class ParallelModel:
         self._ranks_made: Ranks | None = None
         self._forms: dict[tuple[str, int, int], _Form] = {}  # further forms of the call, by what they are for
         self.training = self._traced_training = model.training
+        self._apart: dict[str, torch.Tensor] | None = None
         self._meter = Meter()
 
     # ---- the plan ---------------------------------------------------------------------------------------------------
@@ -474,15 +476,24 @@ class ParallelModel:
         return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """DTensors under the user's names, this rank's stage (a plain process: whole tensors, all of them)."""
-        return self._ranks().state_dict()
+        """DTensors under the user's names, this rank's stage (a plain process: whole tensors, all of them).
+
+        What forward does not use is with the first stage's.
+        """
+        ranks = self._ranks()
+        return ranks.state_dict() | ranks.replicated({k: value for k, value in self._unheld().items() if not value.is_meta})
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Take values from DTensors or whole tensors under the user's names; `state_dict` may hold more stages than this rank's.
 
         DifferentModel if names are missing or unknown, or a shape differs; nothing is changed then.
         """
-        self._ranks().load_state_dict(state_dict)
+        ranks, unheld = self._ranks(), self._unheld()
+        given = {name: full_value(state_dict[name]) for name in unheld if name in state_dict}
+        for name, tensor in given.items():
+            check_shape(name, tensor, unheld[name].shape)
+        ranks.load_state_dict(state_dict)
+        unheld.update({name: tensor.detach().to(unheld[name].dtype).clone() for name, tensor in given.items()})
 
     def initialize(self, seed: int = 0) -> None:
         """Values for a model built on the meta device, by its modules' own init functions (see `autopar.initialize`), shard by shard:
@@ -490,25 +501,36 @@ class ParallelModel:
 
         WeightsMissing for parameters that no init function sets.
         """
-        self._ranks().assign(initialized(self._model, seed))
+        ranks, unheld = self._ranks(), self._unheld()
+
+        def values() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, value in initialized(self._model, seed):
+                if name in unheld:
+                    unheld[name] = value.detach().clone()
+                yield name, value
+
+        ranks.assign(values())
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Whole tensors on rank 0, loadable by the untouched model with strict=True; {} on the others."""
         found = self._ranks().whole_tensors()
         if found is None:
             return {}
-        known = self._model.state_dict()
-        assert self._traced is not None
+        unheld = self._unheld()
         return {
-            name: self._whole_of(name, found) if self._first_name(name) in found else tensor.detach().clone()
-            for name, tensor in known.items()
+            name: unheld[name].clone() if name in unheld else found[self._first_name(name)] for name in self._model.state_dict()
         }
 
     def _first_name(self, name: str) -> str:
         return self.plan.aliases.get(name, name)
 
-    def _whole_of(self, name: str, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return found[self._first_name(name)]
+    def _unheld(self) -> dict[str, torch.Tensor]:
+        """What is in the model's state dict and no program reads, such as a parameter that forward does not use: kept here, whole."""
+        if self._apart is None:
+            held = stage_of_parameter(self.plan)
+            known = self._model.state_dict().items()
+            self._apart = {name: tensor.detach().clone() for name, tensor in known if self._first_name(name) not in held}
+        return self._apart
 
     def close(self) -> None:
         """End the rank threads or leave the job's groups; a later step starts again."""

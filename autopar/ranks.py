@@ -34,6 +34,7 @@ from autopar.runtime.world import World
 from autopar.state import (
     check_names,
     check_shape,
+    full_value,
     gather_whole,
     local_piece,
     local_shape_of,
@@ -71,6 +72,7 @@ class Ranks(Protocol):
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor: ...
     def reductions(self) -> dict[str, int]: ...
     def state_dict(self) -> Tensors: ...
+    def replicated(self, values: Tensors) -> Tensors: ...
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None: ...
     def assign(self, values: Iterable[tuple[str, torch.Tensor]]) -> None: ...
     def whole_tensors(self) -> Tensors | None: ...
@@ -322,6 +324,9 @@ class ThreadedRanks:
         whole = self.whole_tensors() or {}
         whole = {name: tensor for name, tensor in whole.items() if name in self.traced.state}
         return whole | {alias: whole[name] for alias, name in self.plan.aliases.items() if name in whole}
+
+    def replicated(self, values: Tensors) -> Tensors:
+        return {name: value.clone() for name, value in values.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         wanted = {
@@ -592,18 +597,23 @@ class ProcessRank:
             found[name] = value
         return found | {alias: found[name] for alias, name in self.plan.aliases.items() if name in found}
 
-    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        from torch.distributed.tensor import DTensor
+    def replicated(self, values: Tensors) -> Tensors:
+        from torch.distributed.tensor import DTensor, Replicate
 
+        if self.coords.get("pp", 0) != 0 or not dist.is_initialized():
+            return dict(values) if self.coords.get("pp", 0) == 0 else {}
+        mesh, device = self._device_mesh, self.world.device
+        placements = [Replicate()] * mesh.ndim
+        return {n: DTensor.from_local(value.to(device), mesh, placements, run_check=False) for n, value in values.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         placed = self.plan.rank_state(self.rank)[0]
         wanted = {name: text for name, text in self._texts.items() if name in state_dict or name in placed}
         values = _loadable(self.plan, self.traced, state_dict, wanted)
         for tensors in (self.parameters, self.buffers):
             for name in list(tensors):
                 if name in values:
-                    value = values[name]
-                    whole = value.full_tensor() if isinstance(value, DTensor) else value
-                    piece = local_piece(whole.to(self.world.device), wanted[name], self.plan, self.coords)
+                    piece = local_piece(full_value(values[name]).to(self.world.device), wanted[name], self.plan, self.coords)
                     tensors[name] = _assign(tensors[name], piece, name, self.shards)  # type: ignore[assignment]
         if self.shards is not None:
             self.shards.renew(self.parameters)

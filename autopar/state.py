@@ -96,6 +96,13 @@ def text_of(stage: StagePlan, name: str) -> str:
     return stage.parameters[name] if name in stage.parameters else stage.buffers[name]
 
 
+def full_value(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or what a DTensor is of; all ranks of its mesh take part."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def check_names(given: Mapping[str, Any], expected: Iterable[str], what: str) -> None:
     """DifferentModel if names are missing or unknown."""
     expected = set(expected)

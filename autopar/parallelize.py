@@ -478,10 +478,11 @@ class ParallelModel:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """DTensors under the user's names, this rank's stage (a plain process: whole tensors, all of them).
 
-        What forward does not use is with the first stage's.
+        What forward does not use is with the first stage's. As in the model's own, buffers that are not persistent are left out.
         """
-        ranks = self._ranks()
-        return ranks.state_dict() | ranks.replicated({k: value for k, value in self._unheld().items() if not value.is_meta})
+        ranks, known = self._ranks(), self._model.state_dict().keys()
+        unheld = {name: value for name, value in self._unheld().items() if not value.is_meta}
+        return {name: value for name, value in ranks.state_dict().items() if name in known} | ranks.replicated(unheld)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Take values from DTensors or whole tensors under the user's names; `state_dict` may hold more stages than this rank's.

@@ -75,6 +75,16 @@ def test_values_of_whole_tensors_are_taken_and_tied_ones_under_any_of_their_name
     par.close()
 
 
+def test_a_state_dict_has_the_names_of_the_models_own() -> None:
+    """Buffers that are not persistent, such as rotary frequencies, are in neither."""
+    model, batch = built("hf-llama"), causal_batch()
+    par = autopar.parallelize(model, batch, tp=2)
+    found = par.state_dict()
+    assert set(found) == set(model.state_dict())
+    built("hf-llama", seed=1).load_state_dict(found, strict=True)
+    par.close()
+
+
 def test_a_plain_process_gives_whole_tensors_in_its_state_dict_too() -> None:
     model = built("gpt")
     par = autopar.parallelize(model, gpt_batch(), tp=2, pp=2)

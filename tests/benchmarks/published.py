@@ -131,8 +131,8 @@ def schedule_of(record: Record) -> tuple[str, int]:
 def layout_of(record: Record, folded: Folded) -> Layout:
     """The record's layout. ZeRO 3 runs under FSDP, which overlaps its traffic and replays only what backward needs; other jobs are
     Megatron's kind: they replay whole layers, bring fused kernels for calls on elements (as torch.compile makes them) and, unless the
-    record says so, overlap nothing; NeMo's recipes overlap what is data-parallel. Zero-bubble schedules
-    come with their authors' optimizer, which does not wait for the other pipeline ranks.
+    record says so, overlap nothing; NeMo's recipes overlap what is data-parallel. Zero-bubble schedules come with their authors'
+    optimizer, which does not wait for the other pipeline ranks.
     """
     tp, pp, cp = (record.get(key) or 1 for key in ("tp", "pp", "cp"))
     dp = record.get("dp") or max(1, (record.get("n_gpus") or 1) // (tp * pp * cp))

@@ -182,7 +182,7 @@ def measure(stage: StagePlan, plan: Plan, sizes: Mapping[str, int]) -> Microbatc
     run = _Run(fake, stage, plan, sizes)
     replicas = ReplicasOfStage(run) if plan.mesh.get(REPLICA_AXIS, 1) > 1 else None
     phases: dict[str, Phase] = {}
-    reducing = None
+    reducing, gathered_bytes = None, 0
     with fake.mode, StorageCount([*fake.known, *run.known, *(replicas.known if replicas is not None else ())]) as count:
         for splits in (True, False) if plan.splits_backward else (False,):
             for parameter in fake.parameters.values():
@@ -191,12 +191,14 @@ def measure(stage: StagePlan, plan: Plan, sizes: Mapping[str, int]) -> Microbatc
             for name, seen in second.phases.items():
                 made = first.phases[name]
                 phases[name] = replace(seen, first_peak_bytes=made.peak_bytes, gradient_bytes=made.gradient_bytes)
+        if replicas is not None:
+            gathered_bytes = replicas.held_bytes  # what the phases were measured beyond
         if replicas is not None and fake.parameters:
             reducing = replicas.last_microbatch(count, phases["backward"].change_bytes)
     return MicrobatchBytes(
         phases["forward"], phases["backward"], phases.get("input"), phases.get("weight"), second.sent_bytes,
         second.sent_saved_bytes, second.returned_bytes, run.keeps_received, run.keeps_gradients,
-        reducing,
+        reducing, gathered_bytes,
     )  # fmt: skip
 
 

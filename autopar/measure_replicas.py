@@ -44,6 +44,11 @@ class ReplicasOfStage:
             )  # fmt: skip
         self.known = list(self.shards.of.values()) if self.shards is not None else []
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the gathered parameters that are there now."""
+        return self.gathered.held_bytes if self.shards is not None and self.shards.gathers else 0
+
     def last_microbatch(self, count: StorageCount, change_bytes: int) -> Reducing:
         """The backward of the last microbatch of a step, and the end of the step. `change_bytes`: of a backward without the sums."""
         run, stage = self.run, self.run.stage

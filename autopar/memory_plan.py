@@ -20,7 +20,7 @@ from autopar.measure_memory import NEEDS_VALUES, measure, saves
 from autopar.program import StageModule
 from autopar.runtime.transfers import MOST_SENDS
 from costmodel.errors import BadArgument, DoesNotFit
-from costmodel.memory import OPTIMIZER_STATE_BYTES, MicrobatchBytes, PeakMemory
+from costmodel.memory import OPTIMIZERS, MicrobatchBytes, PeakMemory
 from passes.costs import Pricing
 from passes.ir import is_state, is_trainable, tensor_type
 from passes.localize import sharding
@@ -106,7 +106,7 @@ def _state(stage: StagePlan, plan: Plan, held: set[str]) -> tuple[int, int, dict
             part = -(-count // plan.mesh.get("dp", 1))  # a replica's, in ZeRO
             total += (part if is_parameter and plan.zero >= 3 else count) * kind.dtype.itemsize * first
             if is_parameter and is_trainable(node):
-                optimizer += (part if plan.zero else count) * OPTIMIZER_STATE_BYTES * first
+                optimizer += (part if plan.zero else count) * OPTIMIZERS["adamw"] * kind.dtype.itemsize * first
                 gradients[str(node.target)] = count * kind.dtype.itemsize
     return total, optimizer, gradients
 

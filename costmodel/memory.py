@@ -1,7 +1,7 @@
 """Bytes a rank holds at its peak, and the seconds its optimizer takes.
 
 State: parameters, gradients and optimizer state. On top of it come the activations of the microbatches in flight and the buffers they are
-received into. Source of the terms: Rajbhandari et al., "ZeRO", SC 2020, section 3. The optimizer is taken to be AdamW with its two f32
+received into. Source of the terms: Rajbhandari et al., "ZeRO", SC 2020, section 3. The optimizer is taken to be AdamW with its two
 moments a parameter. A gradient exists from the first backward that makes it to the end of the step: `zero_grad` lets it go, as torch's
 default is.
 
@@ -17,8 +17,6 @@ from typing import Any
 from costmodel.errors import BadArgument
 from costmodel.hardware import Hardware
 
-OPTIMIZER_STATE_BYTES = 8  # a parameter: AdamW's two moments in f32
-
 
 @dataclass(frozen=True)
 class PeakMemory:
@@ -26,7 +24,7 @@ class PeakMemory:
 
     `parameter_bytes`: parameters, and the model's buffers and constants. `gradient_bytes`: those that exist at that moment.
     `activation_bytes`: what autograd keeps for the microbatches in flight, and the temporaries of what runs. `buffer_bytes`: received
-    values and gradients, and what is being sent.
+    values and gradients, what is being sent, and gathered parameters that are held.
     """
 
     parameter_bytes: int = 0
@@ -79,7 +77,8 @@ class MicrobatchBytes:
     activations and gradients that only their transfers hold, from when they are made until they are sent; `sent_saved_bytes`: what is
     sent and kept for the backward as well, which leaves the transfers with it from then on. `reducing`: this microbatch as the last of
     a step with replicas. `keeps_received` and
-    `keeps_gradients`: what is put off keeps what was received, or the gradients that came back, until `weight`.
+    `keeps_gradients`: what is put off keeps what was received, or the gradients that came back, until `weight`. `gathered_bytes`: whole
+    parameters that ZeRO 3 holds from one use to the next, once a stage.
     """
 
     forward: Phase
@@ -92,34 +91,39 @@ class MicrobatchBytes:
     keeps_received: bool = False
     keeps_gradients: bool = False
     reducing: Reducing | None = None
+    gathered_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class StatePrecision:
-    """Bytes of one parameter: as the forward reads it, its gradient as it is accumulated, and the f32 copy that the optimizer updates
-    (0: it updates the parameter itself).
+    """Bytes of one parameter: as the forward reads it, its gradient as it is accumulated, the f32 copy that the optimizer updates
+    (0: it updates the parameter itself), and one moment of the optimizer.
     """
 
     parameter_bytes: int
     gradient_bytes: int
     master_bytes: int
+    moment_bytes: int = 4
 
 
-# What a job holds by the precision it computes in. Mixed ones cast f32 parameters as they are used, and the casts are values of the graph;
-# other 16-bit and 8-bit jobs keep 16-bit parameters and gradients beside an f32 master copy. Source: Micikevicius et al., "Mixed
-# Precision Training", ICLR 2018, section 3.1; Rajbhandari et al. 2020, section 3.1.
+# What a job holds by the precision it computes in. Mixed ones cast f32 parameters as they are used, and the casts are values of the graph.
+# "bf16" is pure: no f32 copy, and torch's optimizers keep moments in the parameter's dtype. Other 16-bit and 8-bit jobs keep 16-bit
+# parameters and gradients beside an f32 master copy. Source: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.1;
+# Rajbhandari et al. 2020, section 3.1.
 STATE_PRECISIONS: dict[str, StatePrecision] = {
     "fp32": StatePrecision(4, 4, 0),
     "tf32": StatePrecision(4, 4, 0),
     "bf16-mixed": StatePrecision(4, 4, 0),
     "fp16-mixed": StatePrecision(4, 4, 0),
-    "bf16": StatePrecision(2, 2, 4),
+    "fp64": StatePrecision(8, 8, 0, 8),
+    "bf16": StatePrecision(2, 2, 0, 2),
+    "bf16-master": StatePrecision(2, 2, 4),
     "fp16": StatePrecision(2, 2, 4),
     "fp8": StatePrecision(2, 2, 4),
 }
 
-# Bytes of optimizer state a parameter: moments, in f32.
-OPTIMIZERS: dict[str, int] = {"adamw": OPTIMIZER_STATE_BYTES, "adam": OPTIMIZER_STATE_BYTES, "sgd-momentum": 4, "sgd": 0}
+# Moments that an optimizer keeps of a parameter.
+OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "sgd-momentum": 1, "sgd": 0}
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def state_bytes(
         held[0] * row.parameter_bytes,
         held[1] * (row.gradient_bytes if gradient_bytes is None else gradient_bytes),
         held[2] * row.master_bytes,
-        held[2] * OPTIMIZERS[optimizer],
+        held[2] * OPTIMIZERS[optimizer] * row.moment_bytes,
     )
 
 
@@ -190,5 +194,5 @@ def optimizer_seconds(
     row = STATE_PRECISIONS[precision]
     gradient = row.gradient_bytes if gradient_bytes is None else gradient_bytes
     updated = 2 * row.master_bytes + row.parameter_bytes if row.master_bytes else 2 * row.parameter_bytes
-    moved_bytes = numel * (gradient + updated + 2 * OPTIMIZERS[optimizer])
+    moved_bytes = numel * (gradient + updated + 2 * OPTIMIZERS[optimizer] * row.moment_bytes)
     return moved_bytes / (hardware.memory_bandwidth_bytes_per_second * hardware.memory_efficiency)

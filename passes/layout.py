@@ -16,7 +16,6 @@ from costmodel.memory import OPTIMIZERS, STATE_PRECISIONS
 from costmodel.replicas import ReplicaTraffic
 
 AXES = ("tp", "cp", "dp", "pp")  # fastest first
-FRAGMENTATION = 0.08  # of what is allocated: gaps that no tensor fits into. So that no published job that ran out of memory seems to fit
 RECOMPUTES = ("none", "products", "selective", "alternate", "full")  # rows of passes.layout_recompute.RECOMPUTES
 
 
@@ -31,7 +30,10 @@ class Layout:
     `precision`: of compute and held state; `gradient_bytes`: of one element, where gradients are accumulated in another dtype.
     `overlap`: axes whose traffic runs beside compute where it can. `blocks`: how many of the model's blocks each stage takes, in order
     (the units between runs of blocks count as one each); None: the most even cut. `offload`: kept activations wait in host memory.
-    `split_sends`: tensor-parallel ranks each send their part of a value that all of them hold, and gather it on arrival.
+    `split_sends`: tensor-parallel ranks each send their part of a value that all of them hold, and gather it on arrival. `gather_again`:
+    sequence-parallel ranks keep their part of what they gathered for a product, and gather it again beside the backward's first product.
+    `fused_loss`: one kernel from the logits as they are to the loss (`passes.layout_loss`); it counts for memory.
+    `zero_bucket_elements`: of the flat buffers that ZeRO 1 and 2 reduce and gather in; None: buckets as autopar's programs have them.
     `sums_each_microbatch`: ZeRO 3 sums gradients after each microbatch's backward, as FSDP does, not once a step as autopar's programs do.
     `barrier`: the optimizer step waits for all pipeline ranks, for the gradients' norm or overflow; without it each rank goes on with its
     next step, and a step is as long as the busiest rank's part of it (Qi et al., "Zero Bubble Pipeline Parallelism", 2023, section 4).
@@ -60,6 +62,9 @@ class Layout:
     sums_each_microbatch: bool = False
     barrier: bool = True
     fused: bool = False
+    zero_bucket_elements: int | None = None
+    gather_again: bool = False
+    fused_loss: bool = False
 
     def __post_init__(self) -> None:
         for name in (*AXES, "virtual_stages", "microbatch_rows", "microbatches"):
@@ -93,7 +98,7 @@ class Layout:
 @dataclass(frozen=True)
 class LayoutMemory:
     """What the fullest rank holds at its peak, in bytes. `context_bytes`: the driver's and the communicators' own; `reserve_bytes`: what
-    the allocator keeps beyond what is in use.
+    the allocator keeps beyond what is in use; `spare_bytes`: what of that it cannot do without.
     """
 
     parameter_bytes: float = 0.0
@@ -105,6 +110,7 @@ class LayoutMemory:
     buffer_bytes: float = 0.0  # transfers, gathered parameters, gradient buckets
     reserve_bytes: float = 0.0
     context_bytes: float = 0.0
+    spare_bytes: float = 0.0
 
     @property
     def allocated_bytes(self) -> float:
@@ -127,8 +133,8 @@ class LayoutMemory:
 
     @property
     def needed_bytes(self) -> float:
-        """What the device must have: the allocator gives back what it reserves, but for FRAGMENTATION."""
-        return self.allocated_bytes * (1 + FRAGMENTATION) + self.context_bytes
+        """What the device must have."""
+        return self.allocated_bytes + self.spare_bytes + self.context_bytes
 
 
 @dataclass(frozen=True)
@@ -159,16 +165,17 @@ class LayoutPrediction:
 
     @property
     def peak_bytes(self) -> float:
-        return self.memory.device_bytes
+        """What the device must have."""
+        return self.memory.needed_bytes
 
     @property
     def fits(self) -> bool:
-        return self.memory.needed_bytes <= self.memory_bytes
+        return self.peak_bytes <= self.memory_bytes
 
     @property
     def margin_bytes(self) -> float:
         """What is left of the device's memory; negative where it does not fit."""
-        return self.memory_bytes - self.memory.needed_bytes
+        return self.memory_bytes - self.peak_bytes
 
     @property
     def tflops_per_gpu(self) -> float:

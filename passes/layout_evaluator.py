@@ -41,7 +41,7 @@ from passes.fold import Folded, fold
 from passes.ir import DTYPE_NAMES, is_state, is_trainable, tensor_inputs, tensor_type
 from passes.layout import Layout, LayoutMemory, LayoutPrediction
 from passes.layout_cut import Cutter, Stages, replica_axis
-from passes.layout_memory import layout_memory
+from passes.layout_memory import fullest, memory_by_rank
 from passes.layout_rows import TOKENS, RankGraph, SharedParameter, UnitCost, unit_costs
 from passes.localize import localize
 from passes.patterns import call_of
@@ -53,7 +53,9 @@ from passes.step_time import StepTimes
 from passes.values import is_call
 
 # The dtype whose peak rate a layout is measured against, by precision; for others that of most parameters.
-_PEAK_DTYPES = {"bf16": "bf16", "bf16-mixed": "bf16", "fp16": "f16", "fp16-mixed": "f16", "fp8": "fp8", "tf32": "tf32"}
+_PEAK_DTYPES = {
+    "bf16": "bf16", "bf16-master": "bf16", "bf16-mixed": "bf16", "fp16": "f16", "fp16-mixed": "f16", "fp8": "fp8", "tf32": "tf32",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,15 +164,15 @@ class Evaluator:
         if key not in self._units:
             self._units[key] = unit_costs(
                 self.graph(layout.tp, layout.sequence_parallel), self.pricing(layout.microbatch_rows, layout.precision),
-                recompute=layout.recompute, replay_all=layout.replay_all, fused=layout.fused, cp=layout.cp,
-                context_link=self._link(layout, "cp"),
+                recompute=layout.recompute, replay_all=layout.replay_all, gather_again=layout.gather_again, fused=layout.fused,
+                fused_loss=layout.fused_loss, cp=layout.cp, context_link=self._link(layout, "cp"),
             )  # fmt: skip
         return self._units[key]
 
     def _units_key(self, layout: Layout) -> tuple[object, ...]:
         return (
             *_graph_key(layout.tp, layout.sequence_parallel), layout.cp, layout.microbatch_rows, layout.recompute, layout.replay_all,
-            layout.fused, layout.precision,
+            layout.gather_again, layout.fused, layout.fused_loss, layout.precision,
         )  # fmt: skip
 
     def stages(self, layout: Layout) -> Stages:
@@ -204,15 +206,17 @@ class Evaluator:
         sends = 2 * count * send * layout.virtual_stages
         rows = layout.global_rows
         return LayoutPrediction(
-            layout, step, self._memory(layout, cut), float(self.hardware.memory_bytes), max(idle, 0.0) / step if step else 0.0,
+            layout, step, fullest(layout, cut.held, on_cpu=self.hardware.device_type == "cpu"), float(self.hardware.memory_bytes),
+            max(idle, 0.0) / step if step else 0.0,
             {"tp": count * tensor, "cp": count * context, "dp": replicas.seconds, "pp": sends},
             {"tp": count * tensor_exposed, "cp": count * context_exposed, "dp": replicas.exposed_seconds, "pp": waits},
             update, count * cut.most_replay, self.model_flops(layout.microbatch_rows) * rows / layout.microbatch_rows,
             self._peak_flops(layout), rows * self.sizes.get(TOKENS, 1), self.hardware.basis, self.uncertainty, cut.blocks, replicas,
         )  # fmt: skip
 
-    def _memory(self, layout: Layout, cut: Stages) -> LayoutMemory:
-        return layout_memory(layout, cut.held, on_cpu=self.hardware.device_type == "cpu")
+    def memory_by_rank(self, layout: Layout) -> tuple[LayoutMemory, ...]:
+        """What each pipeline rank holds at its peak; a prediction's memory is the largest."""
+        return memory_by_rank(layout, self.stages(layout).held, on_cpu=self.hardware.device_type == "cpu")
 
     def _peak_flops(self, layout: Layout) -> float:
         name = _PEAK_DTYPES.get(layout.precision, self._dtype)

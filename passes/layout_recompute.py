@@ -18,6 +18,7 @@ from torch import fx
 from passes.costs import Pricing
 from passes.ir import is_state, is_trainable, tensor_inputs
 from passes.recompute import SELECTIVE_PASSES, Choices, Run, Saves, Unit, line_of
+from passes.reshard import all_gather
 from passes.rules import CONTRACTIONS
 
 _CONTRACTIONS = {row.op for row in CONTRACTIONS}
@@ -44,6 +45,11 @@ def is_product(node: fx.Node) -> bool:
 def is_weight_product(node: fx.Node) -> bool:
     """True for a product with a parameter."""
     return node.target in _CONTRACTIONS and any(is_state(source) for source in tensor_inputs(node))
+
+
+def _is_gather(node: fx.Node) -> bool:
+    """True for a reshard whose result is more than one rank's part."""
+    return bool(node.meta.get("reshard")) and node.target is all_gather
 
 
 def _nothing(calls: Sequence[LineCall]) -> list[Run]:
@@ -96,10 +102,11 @@ class Kept:
 
 
 def kept_by(
-    calls: Sequence[LineCall], runs: Sequence[Run], *, replay_all: bool, cached: frozenset[int] = frozenset()
+    calls: Sequence[LineCall], runs: Sequence[Run], *, replay_all: bool, cached: frozenset[int] = frozenset(), gather_again: bool = False
 ) -> Kept:
     """What is kept of a layer. Without `replay_all` a run stops at the last call that saves something, before it if that call's result is
-    not what it saves.
+    not what it saves. With `gather_again` what a rank was gathered from is kept in the place of what was gathered. Source of
+    that: Korthikanti et al. 2022, section 4.2.2.
     """
     kept = again = 0
     replayed: list[int] = []
@@ -122,6 +129,9 @@ def kept_by(
     for k, call in enumerate(calls):
         if k not in inside:
             kept |= call.saved
+    for call in calls if gather_again else ():
+        if _is_gather(call.node) and kept & call.made and call.used:
+            kept, again = kept & ~call.made | call.used, again | call.made
     return Kept(kept, again & ~kept, tuple(replayed))
 
 

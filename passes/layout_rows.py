@@ -24,6 +24,7 @@ from passes.costs import Pricing
 from passes.fold import Folded, unit_of
 from passes.fused import Joined, joined_calls
 from passes.ir import calls, is_state, is_trainable, output_types, tensor_inputs, tensor_type
+from passes.layout_loss import LOSSES, with_fused_loss
 from passes.layout_recompute import (
     RECOMPUTES,
     LineCall,
@@ -34,6 +35,7 @@ from passes.layout_recompute import (
     kept_by,
     selective_runs,
 )
+from passes.layout_working import CallGradients, working_of
 from passes.line import node_cost
 from passes.localize import sharding
 from passes.placement import local_type
@@ -49,8 +51,8 @@ _GROWS = 1.2  # a call whose cost grows by this much more than its tokens mixes 
 class UnitCost:
     """One stretch of calls on one rank, for one microbatch. Compute and collectives apart; `weight_seconds` are part of the backward.
 
-    `kept_bytes` for the backward, `again_bytes` of what exists again while the unit's backward runs, `temporary_bytes` of gradients in
-    passing. `parameters`: elements of this rank's shards used here and nowhere else. `sent_bytes`: what crosses to the next unit.
+    `kept_bytes` for the backward; `adding_bytes` and `making_bytes` of what exists besides while the unit runs (`passes.layout_working`).
+    `parameters`: elements of this rank's shards used here and nowhere else. `sent_bytes`: what crosses to the next unit.
     """
 
     count: int
@@ -66,8 +68,8 @@ class UnitCost:
     replay_tensor_seconds: float = 0.0
     replay_context_seconds: float = 0.0
     kept_bytes: float = 0.0
-    again_bytes: float = 0.0
-    temporary_bytes: float = 0.0
+    adding_bytes: float = 0.0
+    making_bytes: float = 0.0
     parameters: int = 0
     sent_bytes: float = 0.0
     sent_whole_bytes: float = 0.0  # of it: what every rank of the tensor-parallel axis holds alike
@@ -91,6 +93,7 @@ class RankGraph:
     nominal: Pricing
     line: list[LineCall] = field(init=False)
     spans: list[tuple[int, int]] = field(init=False)  # per unit: first call on the line, end
+    carries: int = field(init=False)  # the storages that have gradients, a bit each
     _joined: dict[fx.Node, Joined] | None = None
     _runs: dict[str, list[list[Run]]] = field(default_factory=dict)
     _saves: Saves = field(init=False)
@@ -106,6 +109,11 @@ class RankGraph:
         ]
         # a reshard belongs to the unit whose value it moves; in the line it may come after the next unit's first call
         self.line.sort(key=lambda call: unit_of(call.node))
+        used = made = 0
+        for call in self.line:
+            used |= call.used
+            made |= call.made if is_trainable(call.node) else 0
+        self.carries = used & made
         self.spans = []
         place = 0
         for unit in range(len(self.folded.units)):
@@ -167,6 +175,18 @@ class RankGraph:
         return self.nominal.num_bytes(local_type(kind, sharding(node), self.axis_sizes)) // kind.dtype.itemsize
 
     @cached_property
+    def weight_bytes(self) -> list[float]:
+        """Per call: of the gradients of the parameters that it uses."""
+        return [
+            float(sum(
+                self.nominal.num_bytes(local_type(kind, sharding(source), self.axis_sizes))
+                for source in dict.fromkeys(call.node.all_input_nodes)
+                if is_state(source) and is_trainable(source) and (kind := tensor_type(source)) is not None
+            ))
+            for call in self.line
+        ]  # fmt: skip
+
+    @cached_property
     def own_parameters(self) -> list[int]:
         """Per unit: elements of the parameters that only it uses, of one layer."""
         found = [0.0] * len(self.folded.units)
@@ -178,21 +198,29 @@ class RankGraph:
 
 
 def unit_costs(
-    rank: RankGraph, pricing: Pricing, *, recompute: str = "none", replay_all: bool = False, fused: bool = False, cp: int = 1,
-    context_link: object = None,
+    rank: RankGraph, pricing: Pricing, *, recompute: str = "none", replay_all: bool = False, gather_again: bool = False,
+    fused: bool = False, fused_loss: bool = False, cp: int = 1, context_link: object = None,
 ) -> list[UnitCost]:
     """What each unit costs at the sizes of `pricing` (of one microbatch, whole sequence). `fused`: calls on elements share kernels.
     `context_link`: of the cp axis.
     """
     sized = rank.sized(pricing, fused, cp, context_link)
     priced, num_bytes, parameters = sized.priced, sized.num_bytes, rank.own_parameters
+    line = with_fused_loss(rank.line) if fused_loss else rank.line
+    owned = [
+        CallGradients(
+            weight_bytes, sum(num_bytes[k] for k in bits_of(call.made & call.saved)) if call.node.target in LOSSES else 0.0, cost.hands_on
+        )
+        for call, weight_bytes, cost in zip(line, rank.weight_bytes, priced, strict=True)
+    ]
     seen = 0
     found: list[UnitCost] = []
     for index, unit in enumerate(rank.folded.units):
         start, end = rank.spans[index]
-        listed = rank.line[start:end]
+        listed = line[start:end]
         cached = cached_calls(recompute, listed) if unit.run is not None else frozenset()
-        kept = kept_by(listed, rank.runs(recompute)[index], replay_all=replay_all, cached=cached)
+        kept = kept_by(listed, rank.runs(recompute)[index], replay_all=replay_all, cached=cached, gather_again=gather_again)
+        working = working_of(listed, replace(kept, kept=kept.kept & ~seen), num_bytes, owned[start:end], rank.carries)
         mine = kept.kept & ~seen
         seen |= mine
         times = priced[start:end]
@@ -204,8 +232,8 @@ def unit_costs(
                 sum(t.tensor_forward for t in times), sum(t.tensor_backward for t in times),
                 sum(t.context_forward for t in times), sum(t.context_backward for t in times),
                 sum(t.forward for t in replays), sum(t.tensor_forward for t in replays), sum(t.context_forward for t in replays),
-                float(sum(num_bytes[k] for k in bits_of(mine))), float(sum(num_bytes[k] for k in bits_of(kept.again))),
-                max((_temporary(call, num_bytes) for call in listed), default=0.0), parameters[index], *sized.crossing[index],
+                float(sum(num_bytes[k] for k in bits_of(mine))), working.adding_bytes, working.making_bytes,
+                parameters[index], *sized.crossing[index],
             )
         )  # fmt: skip
     return found
@@ -229,6 +257,7 @@ class _Priced:
     tensor_backward: float = 0.0
     context_forward: float = 0.0
     context_backward: float = 0.0
+    hands_on: bool = False
 
 
 def _priced(
@@ -257,14 +286,10 @@ def _priced(
         trained = [source for source in tensor_inputs(node) if is_trainable(source)]
         products = [source for source in trained if len(getattr(tensor_type(source), "shape", ())) > 1]
         weight = backward * sum(map(is_state, products)) / max(len(products), 1)
-    return _Priced(forward, backward, weight, context_forward=gathers, context_backward=gathers + scatters)
-
-
-def _temporary(call: LineCall, num_bytes: Sequence[float]) -> float:
-    """Bytes of the gradients that pass while a call runs backward: of what it made, and of what it was given. None for views."""
-    if not call.made or not is_trainable(call.node):
-        return 0.0
-    return float(sum(num_bytes[k] for k in bits_of(call.made | call.used)))
+    alone = cost if joined is None else node_cost(node, part, axis_sizes, set())
+    return _Priced(
+        forward, backward, weight, context_forward=gathers, context_backward=gathers + scatters, hands_on=not alone.backward_seconds
+    )
 
 
 def _grows(node: fx.Node, pricing: Pricing, part: Pricing, axis_sizes: Mapping[str, int], cp: int) -> bool:

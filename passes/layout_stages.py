@@ -123,19 +123,33 @@ class StageSums:
     replay_context_seconds: float
     kept_bytes: float
     working_bytes: float  # the most that exists beside what is kept, less what backward has let go by then
+    making: tuple[tuple[float, int], ...]  # the same while gradients are first made: (bytes, parameters that have theirs already)
     parameters: int
+    tied_parameters: int  # of them: those that other stages use too
     largest_block_parameters: int
     sent_bytes: float  # to the next stage
     sent_whole_bytes: float
     block_counts: tuple[tuple[int, int], ...]  # (unit, how many of it)
 
 
-def _working(units: Sequence[UnitCost], counts: Mapping[int, int]) -> float:
-    most = later = 0.0
+def _working(
+    units: Sequence[UnitCost], shared: Sequence[SharedParameter], counts: Mapping[int, int]
+) -> tuple[float, tuple[tuple[float, int], ...]]:
+    """`working_bytes` and `making` of a stage, by the first and the last layer of each run, backward."""
+    most = let_go = 0.0
+    making: list[tuple[float, int]] = []
+    done, seen = 0, set[int]()
     for unit, count in reversed(list(counts.items())):
-        most = max(most, units[unit].again_bytes + units[unit].temporary_bytes - later)
-        later += units[unit].kept_bytes * count
-    return most
+        cost = units[unit]
+        most = max(most, cost.adding_bytes - let_go)
+        for earlier in {0, count - 1}:
+            making.append((cost.making_bytes - let_go - earlier * cost.kept_bytes, done + earlier * cost.parameters))
+        let_go += cost.kept_bytes * count
+        tied = {k for k, each in enumerate(shared) if unit in each.units} - seen
+        seen |= tied
+        done += cost.parameters * count + sum(shared[k].numel for k in tied)
+    making.append((-let_go, done))
+    return most, tuple(making)
 
 
 _SUMS = (
@@ -165,13 +179,16 @@ def stage_sums(
             continue
         sums = {name: sum(getattr(units[u], name) * n for u, n in counts.items()) for name in _SUMS}
         own = sum(units[u].parameters * n for u, n in counts.items())
-        tied = sum(each.numel for each in shared if any(unit in counts for unit in each.units))
+        mine = [each for each in shared if any(unit in counts for unit in each.units)]
+        tied = sum(each.numel for each in mine)
         last = place == len(order)
         end = units[order[place - 1]]
+        working, making = _working(units, shared, counts)
         found.append(
             StageSums(
                 **sums,
-                working_bytes=_working(units, counts), parameters=own + tied,
+                working_bytes=working, making=making, parameters=own + tied,
+                tied_parameters=sum(each.numel for each in mine if not counts.keys() >= set(each.units)),
                 largest_block_parameters=max(units[u].parameters for u in counts),
                 sent_bytes=0.0 if last else end.sent_bytes, sent_whole_bytes=0.0 if last else end.sent_whole_bytes,
                 block_counts=tuple(counts.items()),

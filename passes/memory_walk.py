@@ -249,7 +249,8 @@ def walk(
     instructions: Sequence[Instruction], stages: Sequence[StageUse], stage_ranks: Sequence[int], *, sends_held: int
 ) -> PeakMemory:
     """The most that a rank with these `stages` (in order of chunks) holds in a step, from the second one on."""
-    rank = _Rank(stages, stage_ranks, ring_bytes(instructions, stages, stage_ranks))
+    gathered = sum(max((each.gathered_bytes for each in use.microbatches), default=0) for use in stages)
+    rank = _Rank(stages, stage_ranks, ring_bytes(instructions, stages, stage_ranks) + gathered)
     for transfer, group in groupby(instructions, key=lambda each: isinstance(each, _TRANSFERS)):
         for instruction in group:
             rank.step(instruction)

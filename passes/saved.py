@@ -2,7 +2,8 @@
 
 `autopar.measure_memory.saves` finds the same by running an emitted stage without values; this needs no program and takes milliseconds, so
 it serves searches over layouts. A storage is what a call makes; a view lies in its source's. Which inputs and results an op keeps is its
-row in `costmodel.ops`. Parameters and the model's inputs have no storage here: they are there anyway.
+row in `costmodel.ops`. Parameters and the model's inputs have no storage here: they are there anyway;
+a product keeps its weight where that was computed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from passes.ir import calls, is_state, is_trainable, output_types, tensor_inputs
 from passes.localize import sharding
 from passes.placement import local_type
 from passes.recompute import Saves
+from passes.rules import CONTRACTIONS
 from passes.values import Value, value_of
 
+_CONTRACTIONS = frozenset(row.op for row in CONTRACTIONS)
 _ALIASES = frozenset({"copy_to", "own_gradient"})  # reshards whose result is their argument
 
 
@@ -72,6 +75,8 @@ def formula_saves(graph: fx.Graph, pricing: Pricing, axis_sizes: Mapping[str, in
             found = op_saves(name, shapes, results, tuple(map(is_trainable, sources)), _is_causal(node, name))
             kept |= {storage[value_of(sources[k])] for k in found.inputs if value_of(sources[k]) in storage}
             kept |= {storage[node, k] for k in found.outputs if (node, k) in storage}
+            if node.target in _CONTRACTIONS and is_trainable(sources[0]) and len(sources) > 1 and value_of(sources[1]) in storage:
+                kept.add(storage[value_of(sources[1])])  # a weight that was computed: cast by autocast
             if found.extra_bytes:
                 extra = new(float(found.extra_bytes))
                 own.add(extra)

@@ -615,10 +615,12 @@ def test_memory_by_hand() -> None:
 
 
 def test_state_bytes_of_each_zero_stage() -> None:
-    held = {zero: memory.state_bytes(1000, precision="bf16", zero=zero, dp_size=4) for zero in range(4)}
+    held = {zero: memory.state_bytes(1000, precision="bf16-master", zero=zero, dp_size=4) for zero in range(4)}
     assert [(s.parameters, s.gradients, s.master, s.optimizer) for s in held.values()] == [
         (2000, 2000, 4000, 8000), (2000, 2000, 1000, 2000), (2000, 500, 1000, 2000), (500, 500, 1000, 2000),
     ]  # fmt: skip
+    pure = memory.state_bytes(1000, precision="bf16")
+    assert (pure.parameters, pure.gradients, pure.master, pure.optimizer) == (2000, 2000, 0, 4000)
     # Rajbhandari et al. 2020, figure 1: 120, 31.4, 16.6 and 1.9 GB for 7.5 G parameters on 64 ranks
     figure = [memory.state_bytes(7_500_000_000, precision="fp16", zero=z, dp_size=64).total / 1e9 for z in range(4)]
     assert figure == pytest.approx([120.0, 31.4, 16.6, 1.9], abs=0.05)

@@ -17,6 +17,7 @@ from costmodel.hardware import HARDWARE
 from passes.costs import Pricing
 from passes.fold import fold
 from passes.ir import is_state, is_trainable, tensor_type
+from passes.layout_memory import CONTEXT_BYTES
 from passes.layout_stages import even_cut
 from passes.line import Line
 from passes.localize import localize
@@ -163,8 +164,10 @@ def test_what_saves_memory_saves_memory(gpt: Evaluator) -> None:
 
     assert memory(recompute="full") < memory(recompute="alternate") < memory()
     assert memory(recompute="full") < memory(recompute="selective") < memory()
-    by_zero = [gpt.predict(replace(BASE, zero=zero)).memory.state_bytes for zero in range(4)]
+    textbook = replace(BASE, sums_each_microbatch=True, zero_bucket_elements=1)
+    by_zero = [gpt.predict(replace(textbook, zero=zero)).memory.state_bytes for zero in range(4)]
     assert by_zero == sorted(by_zero, reverse=True) and len(set(by_zero)) == 4
+    assert memory(zero=3) < memory(zero=2) == memory(zero=1) < memory()  # whole gradients until the step's last microbatch
     assert memory(tp=4) < memory() < memory(microbatch_rows=4)
     assert memory(sequence_parallel=True) < memory()
     assert memory(schedule="gpipe") > memory()
@@ -172,7 +175,7 @@ def test_what_saves_memory_saves_memory(gpt: Evaluator) -> None:
 
 
 def test_a_cpu_by_any_name_holds_what_its_tensors_take(gpt: Evaluator) -> None:
-    for device_type, context in (("cpu", 0.0), ("cuda", 3e9)):
+    for device_type, context in (("cpu", 0.0), ("cuda", CONTEXT_BYTES)):
         profile = replace(HARDWARE["cpu"], name="here", device_type=device_type)
         assert Evaluator(gpt.folded, gpt.sizes, profile).predict(BASE).memory.context_bytes == context
 

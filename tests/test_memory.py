@@ -202,7 +202,7 @@ def measured_peaks(
             known = (*state, *worker.parameters.values(), *given.values())
             count._known = dict.fromkeys((each.untyped_storage()._cdata for each in known), 0)
             loss = untouched(worker, given, **options)
-        moments = 8 * sum(each.numel() for each in trained.values() if each.requires_grad)
+        moments = 2 * sum(each.nbytes for each in trained.values() if each.requires_grad)
         place = worker.world.coords["pp"]
         peaks[place] = max(peaks.get(place, 0), bytes_of(state) + moments + count.bytes_peak)
         return loss

@@ -265,7 +265,8 @@ def test_compute_is_priced_in_the_precision_that_is_asked_for() -> None:
     seconds = {name: searched(precision=name, **options).predictions[0] for name in ("fp32", "bf16-mixed", "bf16")}
     assert seconds["bf16"].step_seconds < seconds["bf16-mixed"].step_seconds < seconds["fp32"].step_seconds
     assert {found.layout.precision for found in seconds.values()} == set(seconds)
-    assert seconds["bf16-mixed"].memory.state_bytes == seconds["fp32"].memory.state_bytes
+    held = {name: (found.memory.parameter_bytes, found.memory.optimizer_bytes) for name, found in seconds.items()}
+    assert held["bf16-mixed"] == held["fp32"] == tuple(2 * num_bytes for num_bytes in held["bf16"])
     with pytest.raises(BadArgument, match="precision = 'fp7'"):
         searched(precision="fp7")
 

@@ -23,7 +23,8 @@ def heavy() -> tuple[nn.Module, dict[str, Tensor]]:
 
 PEAKS = [
     *((options, zero) for options in ({"microbatches": 1}, {"microbatches": 2}) for zero in range(4)),
-    *(({"pp": 2, "microbatches": 2}, zero) for zero in range(3)),
+    *(({"pp": 2, "microbatches": 2}, zero) for zero in range(4)),
+    ({"pp": 2, "microbatches": 1}, 3),
 ]
 
 
@@ -40,7 +41,7 @@ def test_predicted_peaks_are_within_5_percent_of_measured_ones(
     predicted = {par.plan.stage_ranks[stage.index]: stage.cost.peak_bytes for stage in par.plan.stages}
     measured = measured_peaks(par, rows, monkeypatch)
     for rank, num_bytes in measured.items():
-        assert predicted[rank] == pytest.approx(num_bytes, rel=0.05), (rank, predicted, measured)
+        assert predicted[rank] == pytest.approx(num_bytes, rel=0.02), (rank, predicted, measured)
 
 
 @pytest.mark.parametrize(("zero",), wide([(0,), (1,), (2,), (3,)], lambda zero: zero in (1, 3)))

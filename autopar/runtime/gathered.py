@@ -93,6 +93,11 @@ class GatheredParameters:
         for value in values.values():
             self._name_at.pop(value.untyped_storage()._cdata, None)
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the groups that are held now."""
+        return sum(value.nbytes for group in self._held.values() for value in group.values())
+
     def clear(self) -> None:
         """Hold nothing: shards may change."""
         self._held.clear()

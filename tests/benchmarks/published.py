@@ -40,10 +40,14 @@ HERE = Path(__file__).resolve().parent
 # Words of records, in lower case, and what they are here.
 SCHEDULES = {"none": "1f1b", "interleaved": "interleaved-1f1b", "zb-1p": "zb-h1", "zb-2p": "zb-h2", "zbv": "zb-v"}
 RECOMPUTES = {"none": "none", "full": "full", "selective": "products", "selective(op)": "alternate"}
-PRECISIONS = {"fp8": "fp8", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "fp32": "fp32", "tf32": "fp32"}
+PRECISIONS = {"fp8": "fp8", "bf16": "bf16-master", "bfloat16": "bf16-master", "fp16": "fp16", "fp32": "fp32", "tf32": "fp32"}
 RACKS = (32, 72)  # devices of a node of Grace-Hopper and Grace-Blackwell, whatever a record calls a node
 GPUS = ("v100", "a100", "gb200", "gh200", "h100", "h200", "b200", "l40s", "4090")  # part of a record's name; none is in an earlier one
 BEFORE_FLASH = ("v100", "a100")  # on other GPUs attention is taken to be fused where a record does not say
+# Software, as sources name it, whose loss is by default one kernel over the 16-bit logits: llm-foundry's `loss_fn: fused_crossentropy`.
+FUSED_LOSSES = ("llm-foundry",)
+# Of the flat buffers of ZeRO 1 and 2. Source: DeepSpeed's defaults of reduce_bucket_size and allgather_bucket_size.
+ZERO_BUCKET_ELEMENTS = 500_000_000
 
 
 # ---- what a record means --------------------------------------------------------------------------------------------------
@@ -52,6 +56,10 @@ BEFORE_FLASH = ("v100", "a100")  # on other GPUs attention is taken to be fused 
 def _says(record: Record, *words: str) -> bool:
     text = " ".join(str(record.get(key) or "") for key in ("notes", "table", "gpu", "attention", "precision")).lower()
     return any(word in text for word in words)
+
+
+def _from(record: Record, software: Sequence[str]) -> bool:
+    return any(name in str(record.get("source") or "").lower() for name in software)
 
 
 def shape_of(record: Record) -> Shape:
@@ -148,7 +156,8 @@ def layout_of(record: Record, folded: Folded) -> Layout:
         sequence_parallel=bool(record.get("sequence_parallel")), precision=precision_of(record), overlap=frozenset(overlap),
         blocks=blocks_of(folded, record["layers"], pp * virtual), offload=bool(record.get("activation_cpu_offload")),
         split_sends=tp > 1, sums_each_microbatch=True, barrier=not schedule.startswith("zb"),
-        fused=not sharded or _says(record, "compile"),
+        zero_bucket_elements=ZERO_BUCKET_ELEMENTS, gather_again=not sharded,
+        fused=not sharded or _says(record, "compile"), fused_loss=_from(record, FUSED_LOSSES),
     )  # fmt: skip
 
 
@@ -210,15 +219,19 @@ class Predictor:
         found = self.evaluator(record)
         return found.predict(layout_of(record, found.folded), exact=True)
 
-
-def memory_GB(record: Record, found: LayoutPrediction) -> float:
-    """The predicted memory in the terms of the record's unit."""
-    unit = str(record.get("mem_unit") or "").lower()
-    if "nvidia-smi" in unit:
-        return found.memory.device_bytes / 1000 / 2**20  # it prints MiB
-    if "1e9" in unit:
-        return found.memory.allocated_bytes / 1e9
-    return (found.memory.reserved_bytes if unit == "gib" else found.memory.allocated_bytes) / 2**30
+    def memory_GB(self, record: Record, found: LayoutPrediction) -> float:
+        """The predicted memory in the terms of the record's unit. nvidia-smi shows the GPUs of one node: the first, unless the record
+        names others. What frameworks report is that of the fullest rank.
+        """
+        unit = str(record.get("mem_unit") or "").lower()
+        if "nvidia-smi" in unit:
+            layout, ranks = found.layout, self.evaluator(record).memory_by_rank(found.layout)
+            on_node = max(1, (record.get("gpus_per_node") or 8) // (layout.tp * layout.cp * layout.dp))
+            seen = [*ranks[:on_node], *(ranks[-on_node:] if "last" in unit else ())]
+            return max(memory.device_bytes for memory in seen) / 1000 / 2**20  # it prints MiB
+        if "1e9" in unit:
+            return found.memory.allocated_bytes / 1e9
+        return (found.memory.reserved_bytes if unit == "gib" else found.memory.allocated_bytes) / 2**30
 
 
 # ---- comparison ---------------------------------------------------------------------------------------------------------------
@@ -271,7 +284,7 @@ def row_of(record: Record, predictor: Predictor) -> dict[str, Any]:
     except Exception as error:  # of this record: the others are compared
         return {**row, "measured_s": None, "measured_GB": None, "error": f"{type(error).__name__}: {error}"}
     return {
-        **row, "predicted_s": found.step_seconds, "predicted_GB": memory_GB(record, found), "fits": found.fits,
+        **row, "predicted_s": found.step_seconds, "predicted_GB": predictor.memory_GB(record, found), "fits": found.fits,
         "bubble": found.bubble_fraction, "exposed": dict(found.exposed_seconds), "optimizer_s": found.optimizer_seconds,
     }  # fmt: skip
 

@@ -166,7 +166,8 @@ def search(
     traced, own_name = _traced(model, example_inputs, precision, loss_fn)
     space = Space(
         gpus, global_batch, traced.sizes.get("B", 1), _given("tp", tp), _given("pp", pp), _given("dp", dp),
-        _given("microbatches", microbatches), None if schedule == "auto" else (schedule_named(schedule).name,), virtual_stages,
+        _given("microbatches", microbatches), None if schedule == "auto" else (schedule_named(schedule).name,),
+        _given("virtual_stages", virtual_stages),
         RECOMPUTES if recompute == "auto" else (_one_of("recompute", recompute, RECOMPUTES),),
         tuple(zeros) if zero == "auto" else (_one_of("zero", zero, ZEROS),),
         (False, True) if sequence_parallel == "auto" else (_one_of("sequence_parallel", sequence_parallel, (False, True)),),
@@ -194,6 +195,7 @@ def _searched(traced: Traced, own_name: str, space: Space, profile: Hardware, to
     begin = time.perf_counter()
     gpus = space.gpus
     priced = evaluator(traced, None, profile.for_ranks(gpus))
+    priced.units(Layout(precision=space.precision))  # a device without the precision is an error, not one of each layout
     space.check(priced.facts, profile)
     found = _enumerate(priced, space, progress)
     if not found.fastest:

@@ -222,9 +222,9 @@ class Hardware:
         """
         if num_nodes is None:
             return self
-        if num_nodes < 1 or num_ranks % num_nodes:
+        if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1 or num_ranks % num_nodes:
             raise BadArgument(
-                f"{num_ranks} ranks cannot be spread evenly over {num_nodes} nodes", use=f"a divisor of {num_ranks}"
+                f"{num_ranks} ranks cannot be spread evenly over {num_nodes!r} nodes", use=f"a divisor of {num_ranks}"
             )
         name = f"{self.name} on {num_nodes} node{'s' if num_nodes > 1 else ''}"
         return replace(self, name=name, devices_per_node=num_ranks // num_nodes)

@@ -388,6 +388,25 @@ def test_outputs_of_a_plain_process_are_of_the_whole_batch(zero: int) -> None:
     par.close()
 
 
+class Pair(nn.Module):
+    """A loss, and a scalar that is no sum over rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.a(x)
+        return {"loss": h.square().mean(), "largest": h.amax()}
+
+
+def test_a_scalar_that_replicas_differ_in_is_refused_with_what_would_work() -> None:
+    par = autopar.parallelize(Pair(), {"x": torch.randn(2, 4)}, dp=2)
+    with pytest.raises(BadArgument, match=r"'largest' cannot be put together from the 2 of microbatches or replicas(.|\n)*dp=1"):
+        par(x=torch.randn(4, 4))
+    par.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

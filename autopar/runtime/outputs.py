@@ -62,7 +62,7 @@ def join(name: str, type_text: str, pieces: Sequence[torch.Tensor], mesh: Mappin
     if all(torch.equal(piece, pieces[0]) for piece in pieces[1:]):
         return pieces[0]
     raise BadArgument(
-        f"The output {name!r} cannot be put together from {len(pieces)} microbatches.",
-        why=f"{type_text} has no rows",
-        use="microbatches=1",
+        f"The output {name!r} cannot be put together from the {len(pieces)} of microbatches or replicas.",
+        why=f"{type_text} has no rows, and they differ",
+        use="microbatches=1, and replicas as processes of their own (torchrun) or dp=1",
     )

@@ -198,6 +198,8 @@ def _searched(traced: Traced, own_name: str, space: Space, profile: Hardware, to
     priced.units(Layout(precision=space.precision))  # a device without the precision is an error, not one of each layout
     space.check(priced.facts, profile)
     found = _enumerate(priced, space, progress)
+    if found.smallest is None and found.refused is not None:
+        raise found.refused
     if not found.fastest:
         raise _fits_nowhere(priced, space, found)
     exact = _played(priced, found)
@@ -278,6 +280,7 @@ class _Found:
     decisions: dict[str, dict[Any, _Best]] = field(default_factory=lambda: {name: {} for name in DECISIONS})
     by_memory: dict[int, LayoutPrediction] = field(default_factory=dict)  # the fastest per 1/64 of the device's memory
     smallest: LayoutPrediction | None = None
+    refused: AutoparError | None = None  # why the first of those that cannot be could not
 
     def limit(self, layout: Layout) -> float:
         """Seconds beyond which a layout changes nothing that is kept: slower than the best of each of its decisions, or than FAR times the
@@ -339,8 +342,14 @@ def _enumerate(
     groups: list[tuple[float, int, _Least, list[Layout]]] = []
     for group in space.layouts(facts, priced.hardware):
         group = list(filter(keep, group))
-        if group and (least := _least(priced, replace(group[0], recompute="none"))) is not None:
-            groups.append((min(map(least.seconds, group)), len(groups), least, group))
+        if not group:
+            continue
+        try:
+            least = _least(priced, replace(group[0], recompute="none"))
+        except AutoparError as error:  # the model cannot be split so
+            found.refused = found.refused or error
+            continue
+        groups.append((min(map(least.seconds, group)), len(groups), least, group))
     groups.sort(key=lambda entry: entry[:2])
     for done, (_, _, least, group) in enumerate(groups):
         progress(done, len(groups))
@@ -349,8 +358,8 @@ def _enumerate(
                 continue
             try:
                 found.add(priced.predict(layout))
-            except AutoparError:  # no sharding, too many stages, a schedule that cannot be: not a layout of this model
-                continue
+            except AutoparError as error:  # no sharding, too many stages, a schedule that cannot be: not a layout of this model
+                found.refused = found.refused or error
     return found
 
 
@@ -384,12 +393,8 @@ class _Least:
         return (count - 1) * whole / pp + max(*shares, whole / pp) if shares else count * whole / pp
 
 
-def _least(priced: Evaluator, layout: Layout) -> _Least | None:
-    """None where the model cannot be split so."""
-    try:
-        units = priced.units(layout)
-    except AutoparError:
-        return None
+def _least(priced: Evaluator, layout: Layout) -> _Least:
+    units = priced.units(layout)
     tensor = "tp" not in layout.overlap
     return _Least(
         sum(unit.count * (unit.forward_seconds + tensor * unit.forward_tensor_seconds) for unit in units),

@@ -73,8 +73,10 @@ def bubble_seconds(
     return _idle(num_ranks, num_microbatches, virtual_stages) * (forward + inputs + weights)
 
 
-def idle(num_ranks: int, num_microbatches: int, virtual_stages: int) -> tuple[tuple[int, int, int], ...]:
-    """Over the whole step it is the same."""
+def idle(num_ranks: int, num_microbatches: int, virtual_stages: int) -> tuple[tuple[int, int, int], ...] | None:
+    """Over the whole step it is the same, where the ranks divide the microbatches and a backward takes up to four forwards."""
+    if num_microbatches % num_ranks:
+        return None
     turns = _idle(num_ranks, num_microbatches, virtual_stages)
     return ((turns, turns, turns),)
 

@@ -192,6 +192,8 @@ def zb_v_idle(num_ranks: int, num_microbatches: int, virtual_stages: int = 2) ->
     later = num_ranks - 1
     if num_microbatches < 2 * num_ranks:
         return None
+    if num_ranks == 1:
+        return ((0, 0, 0),)
     return (
         (2 * later, 0, -2 * later - 1), (2 * later, -later, -1), (2 * later - 1, 1, -2 * later), (2 * later - 1, 1 - later, 0),
         (1, 0, later - 1), (0, 2 * later, -2 * later), (0, later, 0), (0, 1, later - 1),

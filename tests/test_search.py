@@ -330,6 +330,11 @@ def test_a_model_that_fits_nowhere_is_told_what_would_fit() -> None:
     assert "ZeRO" in str(bound.value) or "GPUs" in str(bound.value)
 
 
+def test_a_precision_that_the_device_has_no_rate_for_is_said_to_be_so() -> None:
+    with pytest.raises(BadArgument, match="bf16"):
+        searched(hardware="v100-32gb", precision="bf16")
+
+
 def test_layouts_that_are_not_a_models_are_passed_over() -> None:
     with pytest.raises(AutoparError):
         searched().evaluator.predict(Layout(pp=64))

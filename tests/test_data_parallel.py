@@ -402,7 +402,7 @@ class Pair(nn.Module):
 
 def test_a_scalar_that_replicas_differ_in_is_refused_with_what_would_work() -> None:
     par = autopar.parallelize(Pair(), {"x": torch.randn(2, 4)}, dp=2)
-    with pytest.raises(BadArgument, match=r"'largest' cannot be put together from the 2 of microbatches or replicas(.|\n)*dp=1"):
+    with pytest.raises(BadArgument, match=r"'amax' cannot be put together from the 2 of microbatches or replicas(.|\n)*dp=1"):
         par(x=torch.randn(4, 4))
     par.close()
 

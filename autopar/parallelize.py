@@ -18,6 +18,7 @@ from torch import nn
 
 from autopar.auto import decided, is_auto
 from autopar.clipping import checked_max_norm, checked_norm_type
+from autopar.held_model import HeldModel
 from autopar.initialize import initialized
 from autopar.metrics import Meter, Metrics, ProgressLine, TensorBoard
 from autopar.options import MESH_ORDER, Options, call_arguments, checked_options, model_name
@@ -129,7 +130,7 @@ class ParallelModel:
     """The model on all its ranks. Made by `autopar.parallelize`."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        self._model, self._options = model, options
+        self._held_model, self._options = HeldModel(model), options
         self._traced: Traced | None = None
         self._plan: Plan | None = None
         self._ranks_made: Ranks | None = None
@@ -137,6 +138,10 @@ class ParallelModel:
         self.training = self._traced_training = model.training
         self._apart: dict[str, torch.Tensor] | None = None
         self._meter = Meter()
+
+    @property
+    def _model(self) -> nn.Module:
+        return self._held_model.get()
 
     # ---- the plan ---------------------------------------------------------------------------------------------------
 
@@ -188,7 +193,14 @@ class ParallelModel:
             plan = self.plan
             assert self._traced is not None
             self._ranks_made = self._make_ranks(plan, self._traced, None)
+            self._release(self._traced)
         return self._ranks_made
+
+    def _release(self, traced: Traced) -> None:
+        """Keep no values of what the ranks hold."""
+        held = {name for stage in self.plan.stages for name in stage.parameters}
+        self._held_model.release(held)
+        traced.release(held)
 
     def _make_ranks(self, plan: Plan, traced: Traced, like: Ranks | None) -> Ranks:
         """Ranks for a plan; with the parameters of `like`, if given."""
@@ -325,6 +337,7 @@ class ParallelModel:
         def ranks() -> Ranks:
             if not made:
                 made.append(self._make_ranks(plan, traced, self._ranks()))
+                self._release(traced)
             return made[0]
 
         return ranks

@@ -19,7 +19,7 @@ attributes, as recurrent layers do, would keep fake ones (put back); a key-value
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from autopar.held_model import without_values
 from autopar.precision import PRECISIONS, Precision
 from autopar.trace_arguments import Path, Signature, dotted, input_names
 from autopar.trace_export import export, is_model_file, place
@@ -97,6 +98,22 @@ class Traced:
                     why="values that are not tensors are part of the traced program",
                 )
         return found
+
+    def release(self, names: Collection[str]) -> None:
+        """Keep no values of the parameters of these names."""
+        state = self.state.held if isinstance(self.state, InDtype) else self.state
+        assert isinstance(state, dict)
+        released = {
+            id(tensor): without_values(tensor)
+            for name, tensor in state.items()
+            if name in names and isinstance(tensor, nn.Parameter) and not tensor.is_meta
+        }
+        graph = self.graph_module
+        tables: list[dict[str, Any]] = [state, *(each._parameters for each in graph.modules()), *(n.meta for n in graph.graph.nodes)]
+        for table in tables:
+            for name, tensor in table.items():
+                if id(tensor) in released:
+                    table[name] = released[id(tensor)]
 
     def size_values(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """The symbolic sizes of these inputs. BadArgument where dtypes or shapes are not those of the traced form."""

@@ -23,20 +23,20 @@ class InDtype(Mapping[str, torch.Tensor]):
     """A model's state with floating tensors in a dtype, each cast when it is asked for: no second copy of the model is held."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-        self._state, self._dtype = state, dtype
+        self.held, self._dtype = state, dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._state[name]
+        tensor = self.held[name]
         if not tensor.is_floating_point() or tensor.dtype == self._dtype:
             return tensor
         cast = tensor.detach().to(self._dtype)
         return nn.Parameter(cast, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cast
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
+        return iter(self.held)
 
     def __len__(self) -> int:
-        return len(self._state)
+        return len(self.held)
 
 
 def traceable(device: torch.device | None) -> torch.device | None:
@@ -58,10 +58,9 @@ def replacement(
     model: nn.Module, precision: Precision, device: torch.device | None
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What export is to see in place of each tensor of the model and its example arguments; None for the tensors themselves."""
-    held = next((tensor for tensor in (*model.parameters(), *model.buffers())), None)
-    moved = (
-        precision.autocast is not None and device is not None and held is not None and held.device.type != device.type
-    )
+    kinds = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    mixed = len(kinds) > 1 and "meta" in kinds  # a model that was let go of (`held_model.py`)
+    moved = device is not None and (mixed or (precision.autocast is not None and kinds not in (set(), {device.type})))
     if not moved and precision.state is None:
         return None
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())

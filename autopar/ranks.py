@@ -437,7 +437,7 @@ class ProcessRank:
             return rows
         self.world.board.show(_MEETING)
         try:
-            return min(agree(replicas, shape, rows, refusal, self.world.device))
+            return agree(replicas, shape, rows, refusal, self.world.device)
         except TransferFailed as error:
             suspects, reason = error.suspects, str(error)
         raise self.world.lost(suspects, reason)

@@ -2,8 +2,8 @@
 an error on all of them and a hang on none.
 
 A replica whose batch is of another shape than its peers', that has none, or that refuses it for a reason of its own must not leave the
-others waiting in the middle of a step. So each brings a digest of its batch's sizes, its number of rows, and whether it refuses: three
-integers, gathered over the replicas. Only when they disagree are words exchanged.
+others waiting in the middle of a step. So each brings a digest of its batch's sizes, its number of rows, and whether it refuses, of which
+the extremes over the replicas are taken: one small reduction. Only when they disagree are words exchanged.
 """
 
 from __future__ import annotations
@@ -41,18 +41,20 @@ def agree_on_plan(
         raise BadArgument(what, why=why, use="the same model, options and kind of batch on every rank")
 
 
-def agree(axis: Axis, shape: str, rows: int, refusal: str | None, device: torch.device) -> list[int]:
-    """Each replica's number of rows.
+def agree(axis: Axis, shape: str, rows: int, refusal: str | None, device: torch.device) -> int:
+    """The rows of the replica that has fewest.
 
     `shape`: the sizes of this replica's batch but for its rows, in words; `refusal`: why this replica cannot run it.
 
     BadArgument, on all replicas, if one refuses, has no rows or another shape.
     """
     digest = int.from_bytes(hashlib.blake2b(shape.encode(), digest_size=7).digest(), "big")
+    extremes = torch.tensor([digest, -digest, -rows, refusal is not None], dtype=torch.int64, device=device)
+    greatest, least, fewest, refuses = axis.all_reduce(extremes, "max").tolist()
+    if greatest == -least and fewest < 0 and not refuses:
+        return -int(fewest)
     mine = torch.tensor([digest, rows, refusal is not None], dtype=torch.int64, device=device)
     found = axis.all_gather(mine).tolist()
-    if all(one[0] == digest and one[1] > 0 and not one[2] for one in found):
-        return [one[1] for one in found]
     words = (refusal if refusal is not None else shape).encode()[:_WORDS_BYTES].ljust(_WORDS_BYTES, b"\0")
     said = axis.all_gather(torch.frombuffer(bytearray(words), dtype=torch.uint8).to(device)).cpu()
     texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in said]

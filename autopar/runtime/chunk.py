@@ -25,6 +25,7 @@ from autopar.deferred import Product, add_deferred
 from autopar.program import Program, Receive, Send, StageModule
 from autopar.runtime.axis import Axis
 from autopar.runtime.batch import Arguments, BatchTypes, Layout
+from autopar.runtime.buckets import shares_memory
 from autopar.runtime.buffers import Rings, RingTable
 from autopar.runtime.gathered import GatheredParameters
 from autopar.runtime.gradients import REPLICA_AXIS, GradientSums
@@ -33,15 +34,6 @@ from autopar.runtime.world import World
 from passes.placement import parse_type
 
 LOSS = "loss"
-
-_use_count = torch._C._storage_Use_Count
-
-
-def _references(tensor: torch.Tensor) -> int:
-    return _use_count(tensor.untyped_storage()._cdata)
-
-
-_ALONE = _references(torch.empty(1))  # of a tensor whose memory nothing else refers to
 
 
 class _Flight:
@@ -286,7 +278,7 @@ class Chunk:
             del edges, gradients
             self._first_backward = False
             for parameter in self._trained:
-                if parameter.grad is not None and _references(parameter.grad) > _ALONE:
+                if parameter.grad is not None and shares_memory(parameter.grad):
                     parameter.grad = parameter.grad.clone()
 
     def _pass_back(self, microbatch: int) -> None:

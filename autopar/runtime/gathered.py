@@ -25,8 +25,8 @@ from autopar.runtime.buckets import buckets_of
 from autopar.runtime.parameter_shards import ParameterShards
 
 _HELD_GROUPS = 2
-_GROUPS = 16  # about, of a rank's parameters
-_LEAST_GROUP_BYTES = 2**16
+_GROUPS = 10  # about, of a rank's parameters
+_LEAST_GROUP_BYTES = 2**18
 _MOST_GROUP_BYTES = 64 * 2**20
 
 

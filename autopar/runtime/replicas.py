@@ -28,11 +28,11 @@ import torch.nn.functional as F
 
 from autopar.deferred import Product
 from autopar.runtime.axis import Axis, Pending
-from autopar.runtime.buckets import BUCKET_BYTES, buckets_of, part_size
+from autopar.runtime.buckets import BUCKET_BYTES, buckets_of, part_size, shares_memory
 from autopar.runtime.held_gradients import HeldGradients
 
 _LEAST_BUCKETS = 4  # so that a small model's gradients are not all sent at the end
-_LEAST_BUCKET_BYTES = 2**20
+_LEAST_BUCKET_BYTES = 4 * 2**20  # a sum wakes each rank once or twice, which costs as much as that many bytes
 _UNDER_WAY = 2  # buckets at most: before one more starts, the first of them is waited for and its memory let go
 
 
@@ -110,9 +110,9 @@ class ReplicaSums:
 
     def ready(self, parameter: torch.Tensor) -> None:
         """A parameter's gradient has got one more part: its last, while that is watched for."""
-        if self._watching and not any(
-            parameter is each for products in self._put_off for product in products for each in product[:2]
-        ):
+        if not (self._watching and self._sums_now):
+            return
+        if not any(parameter is each for products in self._put_off for product in products for each in product[:2]):
             bucket = self._bucket_of.get(id(parameter))
             if bucket is not None:
                 bucket.missing.discard(id(parameter))
@@ -146,7 +146,8 @@ class ReplicaSums:
         ]
         del gradients
         if bucket.shards is None:
-            flat = torch.cat([gradient.reshape(-1) for gradient in filled])
+            alone = len(filled) == 1 and not shares_memory(filled[0])
+            flat = filled[0].reshape(-1) if alone else torch.cat([gradient.reshape(-1) for gradient in filled])
             del filled
             bucket.pending = self._axis.start_all_reduce(flat)
         else:

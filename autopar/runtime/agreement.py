@@ -66,6 +66,6 @@ def agree(axis: Axis, shape: str, rows: int, refusal: str | None, device: torch.
             raise BadArgument(f"replica {coord} gets no data", why="its batch has no rows", use="at least one row for each replica")
     other = next(coord for coord, one in enumerate(found) if one[0] != found[0][0])
     raise BadArgument(
-        "the replicas' batches have different shapes", why=f"replica 0: {texts[0]}; replica {other}: {texts[other]}",
+        "the replicas' batches have different shapes or dtypes", why=f"replica 0: {texts[0]}; replica {other}: {texts[other]}",
         use="batches that differ in rows alone (pad the rest to one size, with labels that are ignored)",
     )  # fmt: skip

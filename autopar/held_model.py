@@ -23,11 +23,12 @@ def without_values(parameter: nn.Parameter) -> nn.Parameter:
 
 
 class HeldModel:
-    """A model, whole until `release`."""
+    """A model, whole until `release`. `on_meta`: the names of what had no values when it was given."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model: nn.Module | None = model
         self._weakly = weakref.ref(model)
+        self.on_meta = {name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta}
 
     def get(self) -> nn.Module:
         """The user's model, or once they have deleted it the copy without values."""

@@ -518,7 +518,9 @@ class ParallelModel:
         ranks, unheld = self._ranks(), self._unheld()
 
         def values() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, value in initialized(self._model, seed):
+            for name, value in initialized(self._model, seed) if self._held_model.on_meta else ():
+                if name not in self._held_model.on_meta:
+                    continue
                 if name in unheld:
                     unheld[name] = value.detach().clone()
                 yield name, value

@@ -94,6 +94,15 @@ def test_a_call_of_another_form_is_traced_without_the_model() -> None:
     par.close()
 
 
+def test_a_deleted_model_that_had_values_is_not_initialized() -> None:
+    torch.manual_seed(0)
+    reference = Net()
+    par = autopar.parallelize(copy.deepcopy(reference), batch_of())
+    par.initialize(1)
+    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in par.full_state_dict().items())
+    par.close()
+
+
 def test_a_model_that_cannot_be_copied_is_kept() -> None:
     torch.manual_seed(0)
     model = Net()

@@ -62,6 +62,7 @@ def working_of(
         after[k] = used
         used |= calls[k].used
     result = next((call.made & carries for call in reversed(calls) if call.made & carries), 0)
+    replayed = frozenset(kept.replayed)
     adding = making = 0.0
     made_bytes = 0.0
     for k in range(count - 1, -1, -1):
@@ -71,7 +72,7 @@ def working_of(
         gone = size(kept.kept & saved & ~until[k])
         forward = size(there & ~kept.kept) - gone
         again = size(kept.again & until[k])
-        replay = again + size(there & ~kept.kept & ~kept.again) + size(result) if kept.replayed else 0.0
+        replay = again + size(there & ~kept.kept & ~kept.again) + size(result) if k in replayed else 0.0
         passing = size(call.made & carries) if own.hands_on else size((call.made | call.used) & carries)
         backward = again - gone + passing + size(waiting & carries) + own.inner_bytes
         made_bytes += own.weight_bytes

@@ -30,8 +30,8 @@ FRAGMENTATION = 0.5  # of the working set
 SLACK = 0.02  # of what is allocated, for what the prediction leaves out
 TIED_EXACT_BYTES = 256 * 2**20  # autopar.planner's: up to this much, tied gradients are kept per microbatch until they are summed
 # Buckets and groups of this runtime: replicas.py, buckets.py and gathered.py of autopar.runtime, where they have these names.
-BUCKET_BYTES, LEAST_BUCKETS, LEAST_BUCKET_BYTES = 25 * 2**20, 4, 2**20
-GROUPS, LEAST_GROUP_BYTES, MOST_GROUP_BYTES, HELD_GROUPS = 16, 2**16, 64 * 2**20, 2
+BUCKET_BYTES, LEAST_BUCKETS, LEAST_BUCKET_BYTES = 25 * 2**20, 4, 4 * 2**20
+GROUPS, LEAST_GROUP_BYTES, MOST_GROUP_BYTES, HELD_GROUPS = 10, 2**18, 64 * 2**20, 2
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,11 @@ def _last_backward(layout: Layout, held: HeldStages, count: int, on_cpu: bool) -
     for most, done in stage.making:
         there = each * done if layout.microbatches == 1 else whole
         ready = each * done
-        under_way = min(ready, 2 * bucket)
-        sums = under_way / count if layout.zero else under_way * on_cpu
-        let_go = (ready - under_way) * (1 - 1 / count) if layout.zero else 0.0
-        found.append((there + bucket * (ready >= bucket) + sums - let_go, kept, most))
+        for copied in {0.0, min(bucket, ready)}:
+            under_way = min(ready - copied, 2 * bucket)
+            sums = under_way / count if layout.zero else under_way * on_cpu
+            let_go = (ready - copied - under_way) * (1 - 1 / count) if layout.zero else 0.0
+            found.append((there + copied + sums - let_go, kept, most))
     return max(found, key=sum)
 
 

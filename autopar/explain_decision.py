@@ -19,6 +19,7 @@ from autopar.predict import Layout, LayoutPrediction
 from autopar.search import DECISIONS, Plans, best_with, exactly
 from autopar.search_text import layout_text, terms, value_text, why_slower
 from costmodel.errors import AutoparError, BadArgument
+from costmodel.machine import basis_text
 from passes.layout import RECOMPUTES
 from passes.reshard import Reshard, collective_seconds
 from passes.schedules import SCHEDULES
@@ -80,10 +81,9 @@ class DecisionExplanation:
         headers = ("", "decision", "step", "more", *_COLUMNS.values(), "memory", "layout")
         align = ("left", "left", *("right",) * (len(_COLUMNS) + 3), "left")
         table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
-        sure = f", +-{best.uncertainty:.0%}" if best.uncertainty else ""
         title = (
             f"{self.name} of {plans.model} on {plans.space.gpus} x {plans.hardware.name}: {bytes_text(best.memory_bytes)} a device; "
-            f"predicted from a {best.basis} profile{sure} of the step time"
+            f"{basis_text(best.basis, best.uncertainty)} of the step time"
         )
         return "\n".join([title, "", *(line.rstrip() for line in table.splitlines()), "", *lines])
 

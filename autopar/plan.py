@@ -62,7 +62,7 @@ class Prediction:
     communication_seconds: float
     tflops_per_gpu: float
     mfu: float
-    basis: str = "predicted"
+    basis: str
     replicas: ReplicaTraffic | None = None
 
 

@@ -89,12 +89,12 @@ def title(plan: Plan) -> list[str]:
     )
     return [
         f"{plan.model}: {count_text(plan.num_parameters)} parameters, {mesh_text(plan)}, {split}, {plan.schedule}, "
-        f"{plan.hardware}, {f'{plan.precision}, ' if plan.precision != 'fp32' else ''}{predicted.basis}",
+        f"{plan.hardware}{f', {plan.precision}' if plan.precision != 'fp32' else ''}",
         f"plan {plan.identity}: {seconds_text(predicted.step_seconds)} a step{f' of {batch}' if batch else ''}, "
         f"{predicted.bubble_fraction * 100:.0f}% bubble, "
         f"{seconds_text(predicted.communication_seconds)} communication, "
         f"{bytes_text(predicted.peak_bytes)} peak a rank, "
-        f"{_three(rate)} {unit} a device ({predicted.mfu * 100:.1f}% of its peak)",
+        f"{_three(rate)} {unit} a device ({predicted.mfu * 100:.1f}% of its peak); {predicted.basis}",
     ]
 
 
@@ -328,7 +328,7 @@ def plan_text(plan: Plan) -> str:
         )
     timeline = timeline_text(plan)
     if timeline:
-        parts.append(f"TIMELINE  ({plan.predicted.basis})\n{timeline}")
+        parts.append(f"TIMELINE  (predicted)\n{timeline}")
     if plan.notes:
         parts.append(
             "NOTES\n" + "\n".join(_wrapped(re.sub(r"\s+", " ", note), indent="  ", first="- ") for note in plan.notes)

@@ -24,6 +24,7 @@ from autopar.trace import Traced
 from autopar.weight_notes import weight_notes
 from costmodel.errors import BadArgument
 from costmodel.hardware import Hardware
+from costmodel.machine import basis_text
 from costmodel.memory import optimizer_seconds
 from costmodel.mesh import axis_stride
 from costmodel.replicas import ReplicaAxis, ReplicaTraffic
@@ -378,7 +379,8 @@ def _predict(
         communication + replicas.seconds,
         rate / 1e12,
         rate / hardware.peak_flops.get(dtype, hardware.peak_flops["f32"]),
-        replicas=replicas if replicas.seconds else None,
+        basis_text(hardware.basis, hardware.uncertainty),
+        replicas if replicas.seconds else None,
     )
 
 

@@ -33,6 +33,7 @@ from autopar.trace import Traced, trace
 from costmodel.errors import AutoparError, BadArgument, DoesNotFit
 from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_named
+from costmodel.machine import basis_text
 from passes.schedules import schedule as schedule_named
 
 if TYPE_CHECKING:
@@ -483,7 +484,7 @@ def _plan(found: LayoutPrediction, traced: Traced, hardware: Hardware, name: str
     mesh = mesh_of(pp=layout.pp, dp=layout.dp, tp=layout.tp)
     predicted = Prediction(
         found.step_seconds, found.peak_bytes, found.bubble_fraction, sum(found.communication_seconds.values()), found.tflops_per_gpu,
-        found.mfu, f"predicted from a {found.basis} profile" + (f", +-{found.uncertainty:.0%}" if found.uncertainty else ""),
+        found.mfu, basis_text(found.basis, found.uncertainty),
         found.replicas if found.replicas.seconds else None,
     )  # fmt: skip
     known = {

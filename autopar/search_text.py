@@ -171,13 +171,14 @@ def cells(plans: Plans) -> list[tuple[str, ...]]:
 def heading(plans: Plans) -> list[str]:
     """What was searched, and on what the figures rest."""
     best = plans.predictions[0]
-    sure = f"+-{best.uncertainty:.0%} of the step time" if best.uncertainty else "uncertainty of the step time not known"
+    sure = " of the step time" if best.uncertainty else "; uncertainty of the step time not known"
     batch = f"{best.layout.global_rows} rows a step" if plans.space.global_batch else f"{plans.space.replica_rows} rows a replica"
     return [
         f"{plans.model}: {count_text(plans.evaluator.facts.parameters)} parameters on {plans.space.gpus} x {plans.hardware.name}, {batch}, "
         f"{plans.space.precision}",
         f"{plans.evaluated} layouts priced in {plans.seconds:.1f} s, {plans.fitting} fit in "
-        f"{bytes_text(plans.hardware.memory_bytes)} a device; predicted from a {best.basis} profile, {sure}",
+        f"{bytes_text(plans.hardware.memory_bytes)} a device; "
+        f"{basis_text(best.basis, best.uncertainty)}{sure}",
     ]
 
 

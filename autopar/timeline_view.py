@@ -238,7 +238,7 @@ def plan_lane(plan: Plan) -> Lane:
     ranks = stage_ranks_of(plan)
     held = [[stage for stage, rank in zip(plan.stages, ranks, strict=True) if rank == row] for row in range(max(ranks) + 1)]
     return lane_of(
-        plan.simulated(), plan.predicted.basis, ranks,
+        plan.simulated(), "predicted", ranks,
         row_notes=tuple("; ".join(stage_layers(stage) for stage in stages) for stages in held),
         collective_seconds=tuple(sum(s.cost.collective_seconds for s in stages) * plan.microbatches for stages in held),
     )  # fmt: skip

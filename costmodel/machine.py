@@ -148,6 +148,11 @@ class Kernels:
                 check(value, f"kernels.{item.name}", owner)
 
 
+def basis_text(basis: str, uncertainty: float | None) -> str:
+    """What a prediction rests on, in words: `predicted from a calibrated profile, +-12%`."""
+    return f"predicted from a {basis} profile" + (f", +-{uncertainty:.0%}" if uncertainty is not None else "")
+
+
 @dataclass(frozen=True)
 class Hardware:
     """A device in its node. `inside` links devices of one node, `across` links nodes (the share of one device).
@@ -172,6 +177,11 @@ class Hardware:
     basis: str = "datasheet"
     device_type: str = "cuda"  # torch's word, of DEVICE_TYPES: a driver and a caching allocator hold memory of their own on "cuda"
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)  # field name -> where its number comes from
+
+    @property
+    def uncertainty(self) -> float | None:
+        """The relative error to expect of a step time predicted from this profile, one standard deviation; None if nothing is known."""
+        return UNCERTAINTY.get(self.basis)
 
     def __post_init__(self) -> None:
         owner = f"hardware {self.name!r}"

@@ -33,7 +33,6 @@ from torch import fx
 
 from costmodel.collectives import send_seconds
 from costmodel.hardware import AxisLink, Hardware
-from costmodel.machine import UNCERTAINTY
 from costmodel.memory import optimizer_seconds
 from costmodel.replicas import replica_traffic
 from passes.costs import Pricing
@@ -83,7 +82,7 @@ class Evaluator:
     ) -> None:
         self.folded = module if isinstance(module, Folded) else fold(module)
         self.sizes, self.hardware = dict(sizes), hardware
-        self.uncertainty = UNCERTAINTY.get(hardware.basis) if uncertainty is None else uncertainty
+        self.uncertainty = hardware.uncertainty if uncertainty is None else uncertainty
         self._graphs: dict[tuple[int, bool], RankGraph] = {}
         self._units: dict[tuple[object, ...], list[UnitCost]] = {}
         self._cutter = Cutter(hardware)

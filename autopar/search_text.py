@@ -15,6 +15,7 @@ from tabulate import tabulate
 from autopar.plan_text import bytes_text, count_text, seconds_text
 from autopar.predict import Layout, LayoutPrediction
 from autopar.search import DECISIONS, Plans
+from costmodel.machine import basis_text
 
 _LABELS = {
     "zero": "ZeRO", "sequence_parallel": "sequence parallel", "virtual_stages": "stages a rank", "microbatch_rows": "rows a microbatch",

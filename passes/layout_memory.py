@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from costmodel.buckets import HELD_GROUPS, gradient_bucket_bytes, parameter_group_bytes
 from costmodel.memory import STATE_PRECISIONS, state_bytes
 from passes.layout import Layout, LayoutMemory
 from passes.layout_stages import StageSums
@@ -29,9 +30,6 @@ CONTEXT_BYTES = 1.5e9
 FRAGMENTATION = 0.5  # of the working set
 SLACK = 0.02  # of what is allocated, for what the prediction leaves out
 TIED_EXACT_BYTES = 256 * 2**20  # autopar.planner's: up to this much, tied gradients are kept per microbatch until they are summed
-# Buckets and groups of this runtime: replicas.py, buckets.py and gathered.py of autopar.runtime, where they have these names.
-BUCKET_BYTES, LEAST_BUCKETS, LEAST_BUCKET_BYTES = 25 * 2**20, 4, 4 * 2**20
-GROUPS, LEAST_GROUP_BYTES, MOST_GROUP_BYTES, HELD_GROUPS = 10, 2**18, 64 * 2**20, 2
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def _zero_buffers(layout: Layout, held: HeldStages) -> float:
     groups = 0.0
     for stage in held.stages:
         whole = stage.parameters * row.parameter_bytes
-        groups += min(max(whole / GROUPS, LEAST_GROUP_BYTES), MOST_GROUP_BYTES) * HELD_GROUPS
+        groups += parameter_group_bytes(whole) * HELD_GROUPS
     return groups
 
 
@@ -156,7 +154,7 @@ def _last_backward(layout: Layout, held: HeldStages, count: int, on_cpu: bool) -
     """
     each = _gradient_bytes(layout)
     whole = held.parameters * each
-    bucket = min(BUCKET_BYTES, max(LEAST_BUCKET_BYTES, whole / LEAST_BUCKETS), whole)
+    bucket = min(gradient_bucket_bytes(whole, sharded=layout.zero > 0), whole)
     stage, kept = held.stages[-1], held.kept_bytes / len(held.stages)
     found = []
     for most, done in stage.making:

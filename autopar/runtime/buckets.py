@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-BUCKET_BYTES = 25 * 2**20  # at most, but for a tensor that is larger alone
-
 _use_count = torch._C._storage_Use_Count
 
 

@@ -2,7 +2,7 @@
 
 Design note. Between uses a whole parameter has no memory: it is the leaf that gradients are added to, of the right shape over one element.
 `p(name)` in a program gathers the group that the parameter is in, a run of parameters in the order of their first use, and
-returns a tensor that autograd sees as the leaf. The last `_HELD_GROUPS` groups are kept. What autograd would save of a gathered
+returns a tensor that autograd sees as the leaf. The last `HELD_GROUPS` groups are kept. What autograd would save of a gathered
 parameter is saved as a place in its group instead, and gathered again in backward (`saving`). A gathered group is memory of its
 own, so whoever still uses one that has been let go has what it had.
 
@@ -23,11 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from autopar.runtime.axis import Axis
 from autopar.runtime.buckets import buckets_of
 from autopar.runtime.parameter_shards import ParameterShards
-
-_HELD_GROUPS = 2
-_GROUPS = 10  # about, of a rank's parameters
-_LEAST_GROUP_BYTES = 2**18
-_MOST_GROUP_BYTES = 64 * 2**20
+from costmodel.buckets import HELD_GROUPS, parameter_group_bytes
 
 
 class _Place(NamedTuple):
@@ -61,8 +57,7 @@ class GatheredParameters:
         self._group_of: dict[str, list[str]] = {}
         shared = [name for name in names if name in shards.of]
         total = sum(shards.whole[name].nbytes for name in shared)
-        limit = min(max(total // _GROUPS, _LEAST_GROUP_BYTES), _MOST_GROUP_BYTES)
-        for group in buckets_of(shared, shards.whole, limit):
+        for group in buckets_of(shared, shards.whole, parameter_group_bytes(total)):
             self._group_of.update(dict.fromkeys(group, group))
         self._held: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
         self._name_at: dict[int, str] = {}  # by the address of its storage, of what is held
@@ -81,7 +76,7 @@ class GatheredParameters:
         group = self._group_of[name]
         found = self._held.pop(group[0], None)
         if found is None:
-            while len(self._held) >= _HELD_GROUPS:
+            while len(self._held) >= HELD_GROUPS:
                 self._let_go()
             found = self._shards.gathered(group, self._axis)
             self._name_at.update((value.untyped_storage()._cdata, each) for each, value in found.items())

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar.runtime.axis import Axis
-from autopar.runtime.buckets import BUCKET_BYTES, buckets_of, part_of, part_size
+from autopar.runtime.buckets import buckets_of, part_of, part_size
 from autopar.runtime.optimizers import register_shard
+from costmodel.buckets import BUCKET_BYTES
 
 
 class ParameterShards:

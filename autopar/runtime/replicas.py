@@ -28,11 +28,10 @@ import torch.nn.functional as F
 
 from autopar.deferred import Product
 from autopar.runtime.axis import Axis, Pending
-from autopar.runtime.buckets import BUCKET_BYTES, buckets_of, part_size, shares_memory
+from autopar.runtime.buckets import buckets_of, part_size, shares_memory
 from autopar.runtime.held_gradients import HeldGradients
+from costmodel.buckets import gradient_bucket_bytes
 
-_LEAST_BUCKETS = 4  # so that a small model's gradients are not all sent at the end
-_LEAST_BUCKET_BYTES = 4 * 2**20  # a sum wakes each rank once or twice, which costs as much as that many bytes
 _UNDER_WAY = 2  # buckets at most: before one more starts, the first of them is waited for and its memory let go
 
 
@@ -60,7 +59,7 @@ class ReplicaSums:
     ) -> None:
         self._axis, self._held, parameters = axis, held, held.parameters
         total = sum(parameters[name].nbytes for listed in (*stages.values(), late) for name in listed)
-        limit = min(BUCKET_BYTES, max(_LEAST_BUCKET_BYTES, total // _LEAST_BUCKETS))
+        limit = gradient_bucket_bytes(total, sharded=held.shards is not None)
 
         def buckets(names: Iterable[str]) -> list[_Bucket]:
             return [_Bucket(run, [parameters[name] for name in run]) for run in buckets_of(names, parameters, limit)]

@@ -24,7 +24,7 @@ ROWS = 4
 CPU = HARDWARE["cpu"]
 LAYOUTS: list[dict[str, Any]] = [
     {}, {"recompute": "full"}, {"tp": 2, "recompute": "selective"}, {"microbatches": 1}, {"pp": 2, "recompute": "full"}, {"tp": 2, "pp": 2},
-    {"dp": 2, "zero": 0, "microbatches": 1},
+    {"dp": 2, "zero": 0, "microbatches": 1}, {"dp": 2, "zero": 1, "microbatches": 2}, {"dp": 2, "pp": 2, "zero": 3},
 ]  # fmt: skip
 MORE: list[dict[str, Any]] = [
     *({"tp": tp, "recompute": kind} for tp in (1, 2) for kind in ("none", "full", "selective")),

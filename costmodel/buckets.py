@@ -8,9 +8,8 @@ from __future__ import annotations
 
 BUCKET_BYTES = 25 * 2**20  # at most, but for a tensor that is larger alone
 HELD_GROUPS = 2  # groups of gathered parameters that a rank holds at once (ZeRO 3)
-_LEAST_BUCKETS = 4  # so that a small model's gradients are not all sent at the end
-_LEAST_BUCKET_BYTES = 4 * 2**20
-_LEAST_SHARDED_BUCKET_BYTES = 2**20
+_LEAST_BUCKETS, _LEAST_BUCKET_BYTES = 4, 4 * 2**20  # so that a small model's gradients are not all sent at the end
+_LEAST_SHARDED_BUCKETS, _LEAST_SHARDED_BUCKET_BYTES = 16, 2**20
 _GROUPS = 16  # about, of a rank's parameters
 _LEAST_GROUP_BYTES = 2**16
 _MOST_GROUP_BYTES = 64 * 2**20
@@ -18,8 +17,8 @@ _MOST_GROUP_BYTES = 64 * 2**20
 
 def gradient_bucket_bytes(total_bytes: float, sharded: bool) -> int:
     """Bytes of gradients that are summed at once, of a rank's `total_bytes`; `sharded`: each replica gets its part of the sum alone."""
-    least = _LEAST_SHARDED_BUCKET_BYTES if sharded else _LEAST_BUCKET_BYTES
-    return int(min(BUCKET_BYTES, max(least, total_bytes // _LEAST_BUCKETS)))
+    count, least = (_LEAST_SHARDED_BUCKETS, _LEAST_SHARDED_BUCKET_BYTES) if sharded else (_LEAST_BUCKETS, _LEAST_BUCKET_BYTES)
+    return int(min(BUCKET_BYTES, max(least, total_bytes // count)))
 
 
 def parameter_group_bytes(total_bytes: float) -> int:

@@ -38,8 +38,8 @@ from autopar.emit import emit_stage
 from autopar.measure_replicas import ReplicasOfStage
 from autopar.program import StageModule, freeing
 from autopar.runtime.axis import GlooAxis, GroupAxis, LocalAxis
-from autopar.runtime.gradients import REPLICA_AXIS
 from costmodel.memory import MicrobatchBytes, Phase
+from costmodel.mesh import REPLICA_AXIS
 from passes.ir import is_state, is_trainable, tensor_type
 from passes.localize import sharding
 from passes.loss import SHARE, TOTAL

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autopar.runtime.gathered import GatheredParameters
-from autopar.runtime.gradients import REPLICA_AXIS
 from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.replicas import ReplicaSums
 from costmodel.memory import Reducing
+from costmodel.mesh import REPLICA_AXIS
 
 if TYPE_CHECKING:
     from autopar.measure_memory import StorageCount, _Run

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from autopar.weight_rows import number_set, ranges, weight_rows
+from costmodel.mesh import axis_stride
+from costmodel.replicas import ReplicaTraffic
 from passes.placement import local_shape
 from passes.timeline import Timeline
 
@@ -100,9 +102,7 @@ def title(plan: Plan) -> list[str]:
 
 def stage_ranks(plan: Plan, stage: int) -> str:
     """The ranks of a stage: `4-7`."""
-    stride = (
-        math.prod(list(plan.mesh.values())[list(plan.mesh).index("pp") + 1 :]) if "pp" in plan.mesh else plan.num_ranks
-    )
+    stride = axis_stride(plan.mesh, "pp") if "pp" in plan.mesh else plan.num_ranks
     found = [rank for rank in range(plan.num_ranks) if rank // stride % plan.mesh.get("pp", 1) == plan.stage_ranks[stage]]
     if len(found) == 2 and found[1] == found[0] + 1:
         return f"{found[0]}-{found[1]}"
@@ -184,11 +184,8 @@ _SHARED_OUT = {
 }  # fmt: skip
 
 
-def _replicas_text(plan: Plan) -> str:
-    """What replicas exchange; "" without them."""
-    traffic = plan.predicted.replicas
-    if traffic is None:
-        return ""
+def _replicas_text(plan: Plan, traffic: ReplicaTraffic) -> str:
+    """What replicas exchange."""
     return f"REPLICAS  (dp={plan.mesh['dp']}, ZeRO {plan.zero}; of one rank a step)\n" + _wrapped(
         f"{bytes_text(traffic.num_bytes)} sent ({_SHARED_OUT[plan.zero]}) in {seconds_text(traffic.seconds)}; "
         f"the step is {seconds_text(traffic.exposed_seconds)} longer for them"
@@ -306,7 +303,8 @@ def plan_text(plan: Plan) -> str:
     )
     if all(stage.cost.memory is not None for stage in plan.stages):
         parts.append(_memory_text(plan))
-    parts += filter(None, [_replicas_text(plan)])
+    if plan.predicted.replicas is not None:
+        parts.append(_replicas_text(plan, plan.predicted.replicas))
     parts.append(_weights_text([(row.name, row.placement, row.meaning) for row in weight_rows(plan)]))
     transfers = transfer_table(plan)
     if transfers:

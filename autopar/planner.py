@@ -25,7 +25,7 @@ from autopar.weight_notes import weight_notes
 from costmodel.errors import BadArgument
 from costmodel.hardware import Hardware
 from costmodel.machine import basis_text
-from costmodel.memory import optimizer_seconds
+from costmodel.memory import TIED_EXACT_BYTES, optimizer_seconds
 from costmodel.mesh import axis_stride
 from costmodel.replicas import ReplicaAxis, ReplicaTraffic
 from passes.costs import Pricing
@@ -50,8 +50,6 @@ from passes.stages import StageGraph, held_in_stages, split_stages, stage_edges
 from passes.step_time import StepTimes
 from passes.timeline import simulate
 from passes.values import is_call
-
-TIED_EXACT_BYTES = 256 * 2**20  # keep tied gradients per microbatch (bitwise equal sums) up to this much memory a stage
 
 
 def fingerprint(traced: Traced) -> str:

@@ -33,6 +33,7 @@ from autopar.runtime.worker import Worker
 from autopar.runtime.world import World, check_world_size
 from autopar.state import check_shape, local_piece
 from costmodel.errors import AutoparError, BadArgument, BadPlan, WeightsMissing
+from costmodel.mesh import axis_stride
 from passes.placement import parse_notation, parse_type
 
 INITIAL_STD = 0.02
@@ -144,8 +145,7 @@ def _outputs(folder: Path, program: Program) -> Mapping[str, str]:
     last = program.stage_ranks[-1]
     if program.coords.get("pp", 0) == last:
         return program.stages[-1].OUTPUTS
-    axes = list(program.mesh)
-    stride = math.prod(list(program.mesh.values())[axes.index("pp") + 1 :]) if "pp" in axes else 1
+    stride = axis_stride(program.mesh, "pp") if "pp" in program.mesh else 1
     return read_program(folder, last * stride).stages[-1].OUTPUTS
 
 

@@ -110,6 +110,9 @@ class StatePrecision:
 # "bf16" is pure: no f32 copy, and torch's optimizers keep moments in the parameter's dtype. Other 16-bit and 8-bit jobs keep 16-bit
 # parameters and gradients beside an f32 master copy. Source: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.1;
 # Rajbhandari et al. 2020, section 3.1.
+# Gradients of tied parameters are kept by microbatch until they are summed (bitwise equal sums) up to this much memory a stage.
+TIED_EXACT_BYTES = 256 * 2**20
+
 STATE_PRECISIONS: dict[str, StatePrecision] = {
     "fp32": StatePrecision(4, 4, 0),
     "tf32": StatePrecision(4, 4, 0),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+REPLICA_AXIS = "dp"
+
 
 def axis_stride(mesh: Mapping[str, int], axis: str) -> int:
     """How many ranks lie from one rank of an axis to the next: the sizes of the axes after it, multiplied."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from costmodel.buckets import HELD_GROUPS, gradient_bucket_bytes, parameter_group_bytes
-from costmodel.memory import STATE_PRECISIONS, state_bytes
+from costmodel.memory import STATE_PRECISIONS, TIED_EXACT_BYTES, state_bytes
 from passes.layout import Layout, LayoutMemory
 from passes.layout_stages import StageSums
 from passes.schedules import Schedule
@@ -29,7 +29,6 @@ CONTEXT_BYTES = 1.5e9
 # activations lie still.
 FRAGMENTATION = 0.5  # of the working set
 SLACK = 0.02  # of what is allocated, for what the prediction leaves out
-TIED_EXACT_BYTES = 256 * 2**20  # autopar.planner's: up to this much, tied gradients are kept per microbatch until they are summed
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,7 @@ def _zero_buffers(layout: Layout, held: HeldStages) -> float:
         return min(layout.zero_bucket_elements, held.parameters) * (row.parameter_bytes + row.gradient_bytes)
     if layout.sums_each_microbatch:
         return max(stage.largest_block_parameters for stage in held.stages) * (2 * row.parameter_bytes + row.gradient_bytes)
-    groups = 0.0
-    for stage in held.stages:
-        whole = stage.parameters * row.parameter_bytes
-        groups += parameter_group_bytes(whole) * HELD_GROUPS
-    return groups
+    return HELD_GROUPS * sum(parameter_group_bytes(stage.parameters * row.parameter_bytes) for stage in held.stages)
 
 
 def _first_backward(layout: Layout, held: HeldStages, kept: float, gradients: float) -> tuple[float, float, float]:

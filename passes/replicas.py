@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from costmodel.hardware import Hardware
-from costmodel.mesh import axis_stride
+from costmodel.mesh import REPLICA_AXIS, axis_stride
 from costmodel.replicas import RankLoad, ReplicaAxis, ReplicaTraffic, gathered_seconds, replica_traffic
 from passes.costs import Pricing
 from passes.cut import StageCost
@@ -21,8 +21,6 @@ from passes.ir import is_state, is_trainable, tensor_type
 from passes.line import Line
 from passes.localize import sharding
 from passes.placement import local_type
-
-REPLICA_AXIS = "dp"
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from autopar.runtime.batch import Arguments, BatchTypes, Layout
 from autopar.runtime.buckets import shares_memory
 from autopar.runtime.buffers import Rings, RingTable
 from autopar.runtime.gathered import GatheredParameters
-from autopar.runtime.gradients import REPLICA_AXIS, GradientSums
+from autopar.runtime.gradients import GradientSums
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.world import World
+from costmodel.mesh import REPLICA_AXIS
 from passes.placement import parse_type
 
 LOSS = "loss"

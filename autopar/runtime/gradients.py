@@ -26,8 +26,8 @@ from autopar.program import StageModule
 from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.replicas import ReplicaSums
 from autopar.runtime.world import World
+from costmodel.mesh import REPLICA_AXIS
 
-REPLICA_AXIS = "dp"
 _TIED_TAG = 1 << 29
 
 

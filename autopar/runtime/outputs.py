@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from autopar.runtime.chunk import LOSS
-from autopar.runtime.gradients import REPLICA_AXIS
 from autopar.runtime.world import PIPELINE_AXIS, World
 from costmodel.errors import BadArgument
+from costmodel.mesh import REPLICA_AXIS
 from passes.ir import size_symbol
 from passes.placement import parse_type
 

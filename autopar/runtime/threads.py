@@ -26,7 +26,6 @@ from autopar.program import Program
 from autopar.runtime.batch import BatchTypes
 from autopar.runtime.board import Board
 from autopar.runtime.compiled import Compile
-from autopar.runtime.gradients import REPLICA_AXIS
 from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord
@@ -34,6 +33,7 @@ from autopar.runtime.scaling import LossScale
 from autopar.runtime.worker import Interrupted, Worker
 from autopar.runtime.world import TIMEOUT_SECONDS, World, check_world_size, coords_of
 from costmodel.errors import AutoparError, RankFailed
+from costmodel.mesh import REPLICA_AXIS
 
 _ENDING_SECONDS = 10.0
 

@@ -28,7 +28,7 @@ from autopar.runtime.batch import BatchTypes, Layout
 from autopar.runtime.board import padded
 from autopar.runtime.chunk import Chunk
 from autopar.runtime.compiled import Compile, compile_stage
-from autopar.runtime.gradients import REPLICA_AXIS, GradientSums
+from autopar.runtime.gradients import GradientSums
 from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.outputs import join, share_loss
 from autopar.runtime.parameter_shards import ParameterShards
@@ -38,6 +38,7 @@ from autopar.runtime.scaling import LossScale
 from autopar.runtime.transfers import TRANSFERS, Line, Transfers
 from autopar.runtime.world import World
 from costmodel.errors import BadPlan, RankFailed
+from costmodel.mesh import REPLICA_AXIS
 from passes.instructions import (
     Backward,
     BackwardInput,

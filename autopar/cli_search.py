@@ -21,8 +21,9 @@ from autopar.cli_options import (
 from autopar.explain_decision import LEGEND as DECISION_LEGEND
 from autopar.explain_decision import decision_of
 from autopar.precision import PRECISIONS
-from autopar.search import search
+from autopar.search import Plans, search
 from autopar.search_text import search_text, to_json
+from autopar.targets import Target
 from costmodel.errors import BadArgument
 from costmodel.hardware import hardware as hardware_named
 
@@ -58,24 +59,27 @@ def is_decision(name: str) -> bool:
     return decision_of(name) is not None
 
 
+def _plans(arguments: argparse.Namespace, target: Target, progress: Progress, **further: Any) -> Plans:
+    """What a command's arguments search; a decision that is not given is the search's."""
+    given = {name: getattr(arguments, name) for name in ("tp", "pp", "dp", "microbatches", "schedule", "recompute", "zero")}
+    decisions: dict[str, Any] = {name: AUTO if value is None else value for name, value in given.items()}
+    if decisions["zero"] != AUTO:
+        decisions["zero"] = int(decisions["zero"])
+    return search(
+        target.model, target.example_inputs, gpus=arguments.gpus, nodes=arguments.nodes, memory_bytes=arguments.memory,
+        global_batch=arguments.global_batch, precision=arguments.precision, virtual_stages=arguments.virtual_stages,
+        progress=progress.bar, **decisions, **further,
+    )  # fmt: skip
+
+
 def run_explain_decision(arguments: argparse.Namespace, progress: Progress) -> int:
     """`autopar explain TARGET tp=16 --gpus N`."""
     if arguments.gpus is None:
         raise BadArgument(f"explain {arguments.name} is about a search", why="it needs to know for how many devices", use="--gpus N")
     target = resolve_target(arguments, progress)
     progress("tracing")
-
-    def given(name: str) -> Any:
-        value = getattr(arguments, name)
-        return AUTO if value is None else value
-
     with quiet(arguments.debug):
-        plans = search(
-            target.model, target.example_inputs, gpus=arguments.gpus, hardware=arguments.hardware or _DEFAULT_HARDWARE,
-            nodes=arguments.nodes, memory_bytes=arguments.memory, global_batch=arguments.global_batch, precision=arguments.precision,
-            virtual_stages=arguments.virtual_stages, progress=progress.bar,
-            **{name: given(name) for name in ("tp", "pp", "dp", "microbatches", "schedule", "recompute", "zero")},
-        )  # fmt: skip
+        plans = _plans(arguments, target, progress, hardware=arguments.hardware or _DEFAULT_HARDWARE)
         found = plans.explain(arguments.name)
     progress.end()
     if arguments.json:
@@ -95,13 +99,7 @@ def run_search(arguments: argparse.Namespace, progress: Progress) -> int:
     target = resolve_target(arguments, progress)
     progress("tracing")
     with quiet(arguments.debug):
-        plans = search(
-            target.model, target.example_inputs, gpus=arguments.gpus, hardware=profile, nodes=arguments.nodes,
-            memory_bytes=arguments.memory, global_batch=arguments.global_batch, precision=arguments.precision,
-            tp=arguments.tp, pp=arguments.pp, dp=arguments.dp, microbatches=arguments.microbatches,
-            schedule=arguments.schedule, virtual_stages=arguments.virtual_stages, recompute=arguments.recompute,
-            zero=AUTO if arguments.zero == AUTO else int(arguments.zero), top=arguments.top, progress=progress.bar,
-        )  # fmt: skip
+        plans = _plans(arguments, target, progress, hardware=profile, top=arguments.top)
         if arguments.html is not None:
             from autopar.search_html import search_html
 

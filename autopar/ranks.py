@@ -102,6 +102,16 @@ def _counts_here(plan: Plan, coords: Mapping[str, int], name: str) -> bool:
     return split_axis(first.parameters[name], plan) is not None or coords.get("tp", 0) == 0
 
 
+def _normed(plan: Plan, coords: Mapping[str, int], held: HeldGradients) -> list[tuple[torch.Tensor, bool]]:
+    """A rank's gradients, and whether they count in a norm. BadArgument while they are not summed."""
+    held.check_summed("clip_grad_norm_")
+    return [(each.grad, _counts_here(plan, coords, name)) for name, each in held.updated.items() if each.grad is not None]
+
+
+def _norm_dtype(traced: Traced) -> torch.dtype:
+    return norm_dtype(value for value in traced.state.values() if value.requires_grad)
+
+
 def _loss_scale(plan: Plan, like: Ranks | None) -> LossScale | None:
     """All forms of the call share one."""
     if like is not None:
@@ -277,17 +287,12 @@ class ThreadedRanks:
                 yield (name if alone else f"rank {rank}: {name}"), parameter
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
-        for held in self.held_of:
-            held.check_summed("clip_grad_norm_")
         gradients = [
-            (parameter.grad, _counts_here(self.plan, self.plan.coords(rank), name))
-            for rank, (parameters, shards) in enumerate(zip(self.parameters_of, self.shards_of, strict=True))
-            for name, parameter in (parameters if shards is None else shards.of).items()
-            if parameter.grad is not None
+            pair for rank, held in enumerate(self.held_of) for pair in _normed(self.plan, self.plan.coords(rank), held)
         ]
         part = norm_part(gradients, norm_type, self.device)
-        dtype = norm_dtype(value for value in self.traced.state.values() if value.requires_grad)
-        return clip_by_part((p for _, p in self.named_parameters()), part, max_norm, norm_type, error_if_nonfinite, dtype)
+        parameters = (parameter for _, parameter in self.named_parameters())
+        return clip_by_part(parameters, part, max_norm, norm_type, error_if_nonfinite, _norm_dtype(self.traced))
 
     def reductions(self) -> dict[str, int]:
         found: Counter[str] = Counter()
@@ -484,16 +489,10 @@ class ProcessRank:
         return _handed_out(self.plan, self.parameters, self.shards)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
-        self.held.check_summed("clip_grad_norm_")
-        gradients = [
-            (parameter.grad, _counts_here(self.plan, self.coords, name))
-            for name, parameter in (self.parameters if self.shards is None else self.shards.of).items()
-            if parameter.grad is not None
-        ]
-        part = norm_part(gradients, norm_type, self.world.device)
+        part = norm_part(_normed(self.plan, self.coords, self.held), norm_type, self.world.device)
         part = over_axes(part, norm_type, [axis.all_gather for axis in self._axes()])
-        dtype = norm_dtype(value for value in self.traced.state.values() if value.requires_grad)
-        return clip_by_part((p for _, p in self.named_parameters()), part, max_norm, norm_type, error_if_nonfinite, dtype)
+        parameters = (parameter for _, parameter in self.named_parameters())
+        return clip_by_part(parameters, part, max_norm, norm_type, error_if_nonfinite, _norm_dtype(self.traced))
 
     def reductions(self) -> dict[str, int]:
         return dict(self.worker.reductions)

@@ -36,6 +36,11 @@ class HeldGradients:
         """Whether steps that accumulate leave the sum over replicas to the last one."""
         return self.shards is None or self.shards.stage < 2
 
+    @property
+    def updated(self) -> Mapping[str, torch.Tensor]:
+        """What gets the sums, by name."""
+        return self.parameters if self.shards is None else self.shards.of
+
     def all(self) -> list[torch.Tensor]:
         """The parameters, whole ones and shards."""
         return [*self.parameters.values(), *(self.shards.of.values() if self.shards is not None else ())]
@@ -90,8 +95,7 @@ class HeldGradients:
 
     def check_summed(self, what: str) -> None:
         """BadArgument if these are parts."""
-        updated = self.parameters if self.shards is None else self.shards.of
-        if self.unsummed and any(each.grad is not None for each in updated.values()):
+        if self.unsummed and any(each.grad is not None for each in self.updated.values()):
             raise BadArgument(
                 f"{what}: gradients have not been summed over the replicas",
                 why="the last step was one with accumulate=True, after which another is to come",

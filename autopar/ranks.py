@@ -234,7 +234,6 @@ class ThreadedRanks:
                 device=self.device,
                 seed=self.seed,
                 compile=self.compile,
-                shards_per_rank=self.shards_of,
                 held_per_rank=self.held_of,
                 loss_scale=self.loss_scale,
             )
@@ -432,7 +431,7 @@ class ProcessRank:
             require_values([*self.parameters.items(), *self.buffers.items()])
             self._worker = Worker(
                 _program(self.plan, self.rank), self.world, self.parameters, self.buffers,
-                seed=self.seed, compile=self.compile, shards=self.shards, held=self.held, loss_scale=self.loss_scale,
+                seed=self.seed, compile=self.compile, held=self.held, loss_scale=self.loss_scale,
             )  # fmt: skip
         return self._worker
 

@@ -116,10 +116,10 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
         held = HeldGradients(parameters, shards)
         worker = Worker(
             program, world, parameters, {name: b.to(world.device) for name, b in buffers.items()}, seed=arguments.seed,
-            shards=shards, held=held, loss_scale=scale,
+            held=held, loss_scale=scale,
         )  # fmt: skip
         axes = [world.axis(name) for name in program.mesh]
-        trained = [p for p in (parameters if shards is None else shards.of).values() if p.requires_grad]
+        trained = [p for p in held.updated.values() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=arguments.lr) if trained else None
         for step in range(arguments.steps or len(batches)):
             of_replicas = BatchTypes(program.batch, 1).over_replicas(batches[step % len(batches)], program.mesh.get("dp", 1))

@@ -27,7 +27,6 @@ from autopar.runtime.batch import BatchTypes
 from autopar.runtime.board import Board
 from autopar.runtime.compiled import Compile
 from autopar.runtime.held_gradients import HeldGradients
-from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord
 from autopar.runtime.scaling import LossScale
 from autopar.runtime.worker import Interrupted, Worker
@@ -53,7 +52,6 @@ class _Job:
     seed: int
     timeout_seconds: float
     compile: Compile
-    shards: ParameterShards | None
     held: HeldGradients | None
     loss_scale: LossScale | None
 
@@ -63,7 +61,7 @@ class _Job:
         )
         return Worker(
             self.program, world, self.parameters, self.buffers, seed=self.seed, compile=self.compile, joins_replicas=True,
-            shards=self.shards, held=self.held, loss_scale=self.loss_scale,
+            held=self.held, loss_scale=self.loss_scale,
         )  # fmt: skip
 
 
@@ -129,7 +127,6 @@ class ThreadRanks:
         seed: int = 0,
         timeout_seconds: float = TIMEOUT_SECONDS,
         compile: Compile = False,
-        shards_per_rank: Sequence[ParameterShards | None] | None = None,
         held_per_rank: Sequence[HeldGradients] | None = None,
         loss_scale: LossScale | None = None,
     ) -> None:
@@ -138,7 +135,6 @@ class ThreadRanks:
         self._state = list(zip(programs, parameters_per_rank, buffers_per_rank, strict=True))
         self._device, self._seed, self._timeout_seconds = torch.device(device), seed, timeout_seconds
         self._compile: Compile = compile
-        self._shards = shards_per_rank if shards_per_rank is not None else [None] * len(programs)
         self._held = held_per_rank if held_per_rank is not None else [None] * len(programs)
         self._loss_scale = loss_scale
         self._batch_types = BatchTypes(programs[0].batch, microbatches, tuple(mesh))
@@ -184,7 +180,7 @@ class ThreadRanks:
     def _job(self, rank: int, store: dist.Store, memory: bytearray) -> _Job:
         return _Job(
             *self._state[rank], rank, self.mesh, store, memory,
-            self._device, self._seed, self._timeout_seconds, self._compile, self._shards[rank], self._held[rank], self._loss_scale,
+            self._device, self._seed, self._timeout_seconds, self._compile, self._held[rank], self._loss_scale,
         )  # fmt: skip
 
     def _each(self, method: str, batch: Mapping[str, torch.Tensor], **options: Any) -> list[Any]:

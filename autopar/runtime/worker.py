@@ -31,7 +31,6 @@ from autopar.runtime.compiled import Compile, compile_stage
 from autopar.runtime.gradients import GradientSums
 from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.outputs import join, share_loss
-from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord, meet, recorded_step
 from autopar.runtime.replicas import mean_over
 from autopar.runtime.scaling import LossScale
@@ -71,9 +70,9 @@ class Worker:
 
     With data parallelism the batch of `step` is this replica's, the loss and the gradients are of all replicas' together;
     buffers that forward updates are averaged over them. `forward` is of this replica's batch alone, unless
-    `joins_replicas`: then losses in its outputs are parts of the loss of all replicas' batches. `shards`: this replica's parts of
-    `parameters`, which get the gradients and are what an optimizer updates. `held`: the gradients, shared by all workers on the same
-    parameters; None: there is no other.
+    `joins_replicas`: then losses in its outputs are parts of the loss of all replicas' batches. `held`: the gradients of
+    `parameters`, or of this replica's parts of them, which an optimizer then updates; shared by all workers on the same parameters. None:
+    there is no other worker, and there are no parts.
     """
 
     def __init__(
@@ -87,7 +86,6 @@ class Worker:
         seed: int = 0,
         compile: Compile = False,
         joins_replicas: bool = False,
-        shards: ParameterShards | None = None,
         held: HeldGradients | None = None,
         loss_scale: LossScale | None = None,
     ) -> None:
@@ -105,9 +103,10 @@ class Worker:
         self.record: list[tuple[str, float, float]] | None = None
         self._batch_types = BatchTypes(program.batch, self.num_microbatches, tuple(world.mesh))
         stages = dict(zip(program.stage_numbers, program.stages, strict=True))
-        self._shards = shards
+        held = held or HeldGradients(self.parameters, None)
+        self._shards = held.shards
         self._sums = GradientSums(
-            world, stages, program.stage_ranks, held or HeldGradients(self.parameters, shards), self.num_microbatches
+            world, stages, program.stage_ranks, held, self.num_microbatches
         )
         if self._sums and not any(isinstance(instruction, SumGradients) for instruction in program.schedule):
             raise BadPlan("Gradients have to be summed over ranks, but the schedule has no SumGradients().")
@@ -117,7 +116,7 @@ class Worker:
         self._chunks = [
             Chunk(
                 program, world, number, cls, tensors, self._sums, self._batch_types,
-                seed=seed, depth=self.num_microbatches + _RING_SLACK, shards=shards,
+                seed=seed, depth=self.num_microbatches + _RING_SLACK, shards=self._shards,
             )
             for number, cls in stages.items()
         ]  # fmt: skip

@@ -24,12 +24,14 @@ from autopar.metrics import Meter, Metrics, ProgressLine, TensorBoard
 from autopar.options import MESH_ORDER, Options, call_arguments, checked_options, model_name
 from autopar.plan import Plan
 from autopar.planner import as_planned, fingerprint, make_plan
+from autopar.process_rank import ProcessRank
 from autopar.program import Program, load_program
-from autopar.ranks import ProcessRank, Ranks, ThreadedRanks
+from autopar.ranks import Ranks
 from autopar.runtime.compiled import Compile
 from autopar.runtime.world import World, check_world_size, launched, launched_ranks
 from autopar.state import check_shape, full_value, stage_of_parameter
 from autopar.step_profile import StepProfile, step_profile
+from autopar.threaded_ranks import ThreadedRanks
 from autopar.trace import Traced, trace
 from costmodel.errors import AutoparError, BadArgument, BadPlan, DoesNotFit
 from costmodel.hardware import Hardware

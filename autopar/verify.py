@@ -40,8 +40,8 @@ from autopar.options import call_arguments
 from autopar.parallelize import parallelize
 from autopar.plan import Plan
 from autopar.precision import PRECISIONS, precision_named
-from autopar.ranks import ThreadedRanks
 from autopar.runtime.batch import BatchTypes
+from autopar.threaded_ranks import ThreadedRanks
 from autopar.trace_models import check_model, inner_model
 from autopar.trace_precision import computing
 from costmodel.errors import BadArgument, WeightsMissing

@@ -17,7 +17,6 @@ units times their counts. Whatever is linear in the number of layers costs what 
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -266,8 +265,3 @@ def _folded(module: fx.GraphModule, line: Sequence[fx.Node], runs: Sequence[_Run
 
 def _states(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if is_state(source)]
-
-
-def is_piece(node: fx.Node) -> bool:
-    """True for a getitem: a piece of another node's result."""
-    return node.op == "call_function" and node.target is operator.getitem

@@ -135,14 +135,6 @@ def kept_by(
     return Kept(kept, again & ~kept, tuple(replayed))
 
 
-def mask_of(storages: frozenset[int] | Sequence[int]) -> int:
-    """A bit per storage."""
-    mask = 0
-    for storage in storages:
-        mask |= 1 << storage
-    return mask
-
-
 def bits_of(mask: int) -> list[int]:
     """The storages of a mask."""
     found = []

@@ -58,7 +58,8 @@ def test_the_command_writes_a_profile_that_plan_takes(quick: None, tmp_path, cap
     assert "GFLOP/s" in capsys.readouterr().out
     assert json.loads(path.read_text())["basis"] == "calibrated"
     assert main(["plan", "examples/mlp.py:example", "--tp", "2", "--hardware", str(path)]) == 0
-    assert ", here, " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ", 1f1b, here\n" in printed and "predicted from a calibrated profile" in printed
 
 
 def test_the_command_names_what_cannot_be(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,8 +254,9 @@ def test_ctrl_c_stops_all_ranks(tmp_path: Any) -> None:
     )
     (tmp_path / "pids").mkdir()
     job = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(tmp_path / "job.py")], stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-W", "ignore", str(tmp_path / "job.py")], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs begin with it ignored
+    )  # fmt: skip
     deadline = time.monotonic() + 240
     while len(os.listdir(tmp_path / "pids")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)

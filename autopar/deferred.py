@@ -115,14 +115,13 @@ def add_deferred(products: list[Product], done: Callable[[torch.Tensor], None] |
                 last[id(parameter)] = index
     sums: dict[int, torch.Tensor] = {}
     for index in range(len(products)):
-        product, products[index] = products[index], None  # type: ignore[call-overload]
+        product = products.pop(0)
         for parameter, compute in ((product.weight, product.of_weight), (product.bias, product.of_bias)):
             if parameter is not None:
                 is_last = last[id(parameter)] == index
                 _add(parameter, compute(), is_last, sums)
                 if is_last and done is not None:
                     done(parameter)
-    products.clear()
 
 
 def _add(parameter: torch.Tensor, gradient: torch.Tensor, is_last: bool, sums: dict[int, torch.Tensor]) -> None:

@@ -113,6 +113,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
         {"dp": 3, "zero": 2},
         {"dp": 2, "tp": 2, "zero": 2},
         {"dp": 2, "pp": 2, "schedule": "zb-h1", "microbatches": 3, "zero": 2},
+        {"dp": 2, "pp": 2, "schedule": "dualpipe-v", "microbatches": 3, "zero": 2},
         {"dp": 2, "pp": 2, "schedule": "interleaved-1f1b", "microbatches": 2, "zero": 1},
         {"dp": 2, "pp": 2, "tp": 2, "microbatches": 2, "zero": 1},
         {"dp": 2, "zero": 3},
@@ -127,7 +128,8 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 
 def _quick(name: str, layout: dict[str, Any]) -> bool:
     few = layout.get("zero") != 1 and math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "dp")) < 8
-    return (name == "mixed" and few and layout.get("schedule", "zb-h1") == "zb-h1") or layout == {"dp": 2}
+    schedule = layout.get("schedule", "zb-h1")
+    return (name == "mixed" and few and schedule == "zb-h1") or (name == "gpt" and schedule == "dualpipe-v") or layout == {"dp": 2}
 
 
 @pytest.mark.parametrize(("name", "layout"), wide(LAYOUTS, _quick), ids=str)

@@ -182,31 +182,42 @@ def measure(stage: StagePlan, plan: Plan, sizes: Mapping[str, int]) -> Microbatc
     run = _Run(fake, stage, plan, sizes)
     replicas = ReplicasOfStage(run) if plan.mesh.get(REPLICA_AXIS, 1) > 1 else None
     phases: dict[str, Phase] = {}
-    reducing, gathered_bytes = None, 0
+    reducing = None
     with fake.mode, StorageCount([*fake.known, *run.known, *(replicas.known if replicas is not None else ())]) as count:
         for splits in (True, False) if plan.splits_backward else (False,):
-            for parameter in fake.parameters.values():
-                parameter.grad = None
-            first, second = run.microbatch(count, splits), run.microbatch(count, splits)
+            for _ in range(1 if replicas is None else replicas.runs):
+                for parameter in fake.parameters.values():
+                    parameter.grad = None
+                first = run.microbatch(count, splits)
+                if replicas is not None and plan.microbatches == 1:  # the second is the next step's
+                    replicas.after_step()
+                second = run.microbatch(count, splits)
+                if replicas is not None:
+                    replicas.after_step()
+            gathered = second.gathered_bytes
             for name, seen in second.phases.items():
                 made = first.phases[name]
-                phases[name] = replace(seen, first_peak_bytes=made.peak_bytes, gradient_bytes=made.gradient_bytes)
-        if replicas is not None:
-            gathered_bytes = replicas.held_bytes  # what the phases were measured beyond
+                phases[name] = replace(
+                    seen, peak_bytes=seen.peak_bytes - gathered, first_peak_bytes=made.peak_bytes - gathered,
+                    gradient_bytes=made.gradient_bytes,
+                )  # fmt: skip
         if replicas is not None and fake.parameters:
-            reducing = replicas.last_microbatch(count, phases["backward"].change_bytes)
+            reducing = replicas.last_microbatch(count, phases["backward"].change_bytes, second.gathered_bytes)
     return MicrobatchBytes(
         phases["forward"], phases["backward"], phases.get("input"), phases.get("weight"), second.sent_bytes,
         second.sent_saved_bytes, second.returned_bytes, run.keeps_received, run.keeps_gradients,
-        reducing, gathered_bytes,
+        reducing, second.gathered_bytes,
     )  # fmt: skip
 
 
 @dataclass
 class _Seen:
-    """What one microbatch took."""
+    """What one microbatch took. The peaks of its phases are with gathered parameters, what they change is without. `gathered_bytes`: of
+    those that there are between forward and backward.
+    """
 
     phases: dict[str, Phase]
+    gathered_bytes: int = 0
     sent_bytes: int = 0
     sent_saved_bytes: int = 0
     returned_bytes: int = 0
@@ -232,6 +243,7 @@ class _Run:
             }
         self.keeps_received = self.keeps_gradients = False
         self.around_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.gathered_bytes: Callable[[], int] = lambda: 0  # of whole parameters that are there now
         self.known = [piece for pieces in self.arriving.values() for piece in pieces]
 
     def microbatch(self, count: StorageCount, splits: bool, begins: Callable[[], None] | None = None) -> _Seen:
@@ -241,17 +253,18 @@ class _Run:
             value.detach().requires_grad_(wanted)
             for value, wanted in zip(self.fake.arguments, self.takes_gradient, strict=True)
         ]
-        before = count.restart()
+        before = self.begin(count)
         edges, gradients, outputs = self._forward(arguments)
         with_sends = count.bytes_now
         forward_peak = count.bytes_peak
         sent = count.bytes_of(outputs)
         del outputs
-        seen.phases["forward"] = Phase(forward_peak - before, 0, count.bytes_now - before)
+        seen.gathered_bytes = self.gathered_bytes()
+        seen.phases["forward"] = Phase(forward_peak - before, 0, count.bytes_now - seen.gathered_bytes - before)
         seen.sent_bytes = with_sends - count.bytes_now
         seen.sent_saved_bytes = max(sent - seen.sent_bytes, 0)
         deferred: list[Product] = []
-        start, existed = count.restart(), self._gradient_bytes()
+        start, existed = self.begin(count), self._gradient_bytes()
         for name in list(gradients):
             total, *others = self.arriving[name]
             for piece in others:
@@ -276,15 +289,21 @@ class _Run:
         del returned
         seen.returned_bytes = with_returned - count.bytes_now
         made = self._gradient_bytes() - existed
-        seen.phases["input" if splits else "backward"] = Phase(peak, 0, count.bytes_now - start - made, made, apart)
+        change = count.bytes_now - self.gathered_bytes() - start - made
+        seen.phases["input" if splits else "backward"] = Phase(peak, 0, change, made, apart)
         if splits:
             self._note_kept(deferred)
-            start, existed = count.restart(), self._gradient_bytes()
+            start, existed = self.begin(count), self._gradient_bytes()
             add_deferred(deferred)
             peak, apart = count.bytes_peak - start, self._take_apart()
             made = self._gradient_bytes() - existed
-            seen.phases["weight"] = Phase(peak, 0, count.bytes_now - start - made, made, apart)
+            change = count.bytes_now - self.gathered_bytes() - start - made
+            seen.phases["weight"] = Phase(peak, 0, change, made, apart)
         return seen
+
+    def begin(self, count: StorageCount) -> int:
+        """Begin a new peak; the bytes there are now but for gathered parameters."""
+        return count.restart() - self.gathered_bytes()
 
     def _forward(
         self, arguments: Sequence[torch.Tensor]

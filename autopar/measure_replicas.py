@@ -1,7 +1,8 @@
 """What data parallelism allocates on a stage: the runtime's own sums over replicas and shards of ZeRO, run without values.
 
 Design note. The same classes as on a rank (`runtime/replicas.py`, `runtime/parameter_shards.py`, `runtime/gathered.py`) over an axis that
-moves nothing, while `measure_memory` counts storages. Only the last microbatch of a step differs from the others.
+moves nothing, while `measure_memory` counts storages. Only the last microbatch of a step differs from the others. Which parameters are
+gathered ahead is known from the step before: a step is run twice.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ class ReplicasOfStage:
         held = {name: fake.stage.p(name) for name in stage.parameters}
         late = {*stage.partial_gradients, *(name for name, stages in stage.tied.items() if len(stages) > 1)}
         self.shards: ParameterShards | None = None
+        self.gathered: GatheredParameters | None = None
         with fake.mode:
             if plan.zero:
-                self.shards = ParameterShards(held, axis.size, 0, plan.zero)  # type: ignore[arg-type]
+                self.shards = ParameterShards(held, [list(stage.parameters)], axis.size, 0, plan.zero)  # type: ignore[arg-type]
             if self.shards is not None and self.shards.gathers:
-                self.gathered = GatheredParameters(axis, self.shards, list(stage.parameters), fake.stage.p)
+                self.gathered = GatheredParameters(axis, self.shards, fake.stage.p)
                 fake.stage.p = self.gathered
-                run.around_forward = self.gathered.saving
+                run.around_forward, run.gathered_bytes = self.gathered.saving, self.gathered.held_bytes
             self.sums = ReplicaSums(
                 axis, {stage.index: [name for name in stage.parameters if name in fake.parameters and name not in late]},
                 sorted(late.intersection(fake.parameters)), HeldGradients(fake.parameters, self.shards),
@@ -45,12 +47,19 @@ class ReplicasOfStage:
         self.known = list(self.shards.of.values()) if self.shards is not None else []
 
     @property
-    def held_bytes(self) -> int:
-        """Of the gathered parameters that are there now."""
-        return self.gathered.held_bytes if self.shards is not None and self.shards.gathers else 0
+    def runs(self) -> int:
+        """How often a step is run until one is like all that follow."""
+        return 1 if self.gathered is None else 2
 
-    def last_microbatch(self, count: StorageCount, change_bytes: int) -> Reducing:
-        """The backward of the last microbatch of a step, and the end of the step. `change_bytes`: of a backward without the sums."""
+    def after_step(self) -> None:
+        """Gathered parameters are let go of."""
+        if self.gathered is not None:
+            self.gathered.clear()
+
+    def last_microbatch(self, count: StorageCount, change_bytes: int, gathered_bytes: int) -> Reducing:
+        """The backward of the last microbatch of a step, and the end of the step. `change_bytes`: of a backward without the sums;
+        `gathered_bytes`: of whole parameters that count as being there all the time.
+        """
         run, stage = self.run, self.run.stage
         for parameter in run.fake.parameters.values():
             parameter.grad = None
@@ -60,13 +69,14 @@ class ReplicasOfStage:
         before: list[int] = []
 
         def begins() -> None:
-            before.append(count.restart())
+            before.append(run.begin(count))
             self.sums.watch(())
 
         run.microbatch(count, False, begins)
         self.sums.unwatch()
         self.sums.complete(stage.index)
-        peak, change = count.bytes_peak - before[0], count.bytes_now - before[0] - change_bytes
+        peak = count.bytes_peak - before[0] - gathered_bytes
+        change = count.bytes_now - run.gathered_bytes() - before[0] - change_bytes
         start = count.restart()
         self.sums.finish()
         return Reducing(peak, change, count.bytes_peak - start, count.bytes_now - start)

@@ -175,13 +175,14 @@ class ProcessRank:
 
     def _refresh(self) -> None:
         """Bring whole parameters up to date with all replicas' shards. All ranks take part."""
-        if self.shards is not None and not self.shards.on_meta:
-            self.shards.refresh(self.world.axis("dp"))
+        if self.shards is not None and not any(shard.is_meta for shard in self.shards.of.values()):
+            self.shards.expect(self.world.axis("dp"))
+            self.shards.refresh()
 
     def _value(self, name: str) -> torch.Tensor:
         """This rank's piece of a tensor; with ZeRO 3 all replicas take part."""
-        if self.shards is not None and self.shards.gathers and name in self.shards.of and not self.shards.on_meta:
-            return self.shards.gathered([name], self.world.axis("dp"))[name]
+        if self.shards is not None and self.shards.gathers and name in self.shards.of and not self.shards.of[name].is_meta:
+            return self.shards.gathered(name, self.world.axis("dp"))
         return {**self.parameters, **self.buffers}[name].detach()
 
     def _pieces(self, name: str) -> torch.Tensor:
@@ -290,16 +291,12 @@ class ProcessRank:
                 if name in values:
                     piece = local_piece(full_value(values[name]).to(self.world.device), wanted[name], self.plan, self.coords)
                     tensors[name] = assigned(tensors[name], piece, name, self.shards)  # type: ignore[assignment]
-        if self.shards is not None:
-            self.shards.renew(self.parameters)
 
     def assign(self, values: Iterable[tuple[str, torch.Tensor]]) -> None:
         """This rank's piece of whole values of the model, one at a time."""
         tensors = (self.parameters, self.buffers)
         for name, value in values:
             assign_piece(self.plan, self.coords, self._texts, name, value.to(self.world.device), tensors, self.shards)
-        if self.shards is not None:
-            self.shards.renew(self.parameters)
 
     def close(self) -> None:
         self.world.close()

@@ -120,7 +120,9 @@ def shards_for(plan: Plan, rank: int, parameters: Mapping[str, nn.Parameter]) ->
     """This rank's shards over dp of its parameters; None where it holds them whole."""
     if not plan.zero or "dp" not in plan.mesh:
         return None
-    return ParameterShards(parameters, plan.mesh["dp"], plan.coords(rank)["dp"], plan.zero)
+    coords = plan.coords(rank)
+    used = [list(stage.parameters) for stage in plan.stages if plan.stage_ranks[stage.index] == coords["pp"]]
+    return ParameterShards(parameters, used, plan.mesh["dp"], coords["dp"], plan.zero)
 
 
 def handed_out(
@@ -136,9 +138,8 @@ def handed_out(
 
 def assigned(target: torch.Tensor, value: torch.Tensor, name: str, shards: ParameterShards | None) -> torch.Tensor:
     """Copy in place, into the rank's shard where it has one; a tensor without values is replaced."""
-    if shards is not None and name in shards.of and not target.is_meta:
-        shards.load(name, value)
-        return target
+    if shards is not None and name in shards.of:
+        return shards.load(name, value)
     if not target.is_meta:
         with torch.no_grad():
             target.copy_(value)
@@ -166,9 +167,8 @@ def assign_piece(
     """This rank's piece of a whole value, if it holds one."""
     for tensors in tables:
         if name in tensors:
-            filled = None if shards is not None and shards.on_meta else shards
             piece = local_piece(value, texts[name], plan, coords)
-            tensors[name] = assigned(tensors[name], piece, name, filled)  # type: ignore[assignment]
+            tensors[name] = assigned(tensors[name], piece, name, shards)  # type: ignore[assignment]
 
 
 def whole_output(plan: Plan, text: str, pieces: list[torch.Tensor]) -> torch.Tensor:

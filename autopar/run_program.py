@@ -112,7 +112,10 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
             for name, p in parameters.items()
         }
         scale = LossScale() if PRECISIONS[_plan(folder).precision].scales_loss else None
-        shards = ParameterShards(parameters, program.mesh["dp"], program.coords["dp"], program.zero) if program.zero else None
+        shards = None
+        if program.zero:
+            used = [list(stage.PARAMS) for stage in program.stages]
+            shards = ParameterShards(parameters, used, program.mesh["dp"], program.coords["dp"], program.zero)
         held = HeldGradients(parameters, shards)
         worker = Worker(
             program, world, parameters, {name: b.to(world.device) for name, b in buffers.items()}, seed=arguments.seed,
@@ -134,7 +137,7 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
         if arguments.save:
             values = worker.parameters
             if shards is not None and shards.gathers:
-                values = {name: shards.gathered([name], world.axis("dp"))[name] for name in shards.of}
+                values = {name: shards.gathered(name, world.axis("dp")) for name in shards.of}
             save_weights(folder, rank, values, worker.buffers)
     finally:
         world.close()

@@ -204,13 +204,6 @@ class ThreadedRanks:
                     if name in values:
                         piece = local_piece(values[name], wanted[name], self.plan, coords)
                         tensors[name] = assigned(tensors[name], piece, name, self.shards_of[rank])  # type: ignore[assignment]
-        self._renew()
-
-    def _renew(self) -> None:
-        """Shards of parameters that have got values."""
-        for shards, parameters in zip(self.shards_of, self.parameters_of, strict=True):
-            if shards is not None:
-                shards.renew(parameters)
 
     def assign(self, values: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Each rank's piece of whole values of the model, one at a time."""
@@ -221,7 +214,6 @@ class ThreadedRanks:
                     self.plan, self.plan.coords(rank), {**placed, **others}, name, value.to(self.device),
                     (self.parameters_of[rank], self.buffers_of[rank]), self.shards_of[rank],
                 )  # fmt: skip
-        self._renew()
 
     def close(self) -> None:
         if self._threads is not None:

@@ -78,7 +78,7 @@ class MicrobatchBytes:
     sent and kept for the backward as well, which leaves the transfers with it from then on. `reducing`: this microbatch as the last of
     a step with replicas. `keeps_received` and
     `keeps_gradients`: what is put off keeps what was received, or the gradients that came back, until `weight`. `gathered_bytes`: whole
-    parameters that ZeRO 3 holds from one use to the next, once a stage.
+    parameters that ZeRO 3 holds from one use to the next, once a stage; peaks are beyond them.
     """
 
     forward: Phase

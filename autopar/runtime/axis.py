@@ -100,7 +100,7 @@ class LocalAxis:
     def start_reduce_scatter(self, tensor: torch.Tensor) -> Pending:
         return Pending(self, None, lambda: tensor[0])
 
-    def start_all_gather(self, flat: torch.Tensor) -> Pending:
+    def start_all_gather(self, flat: torch.Tensor, out: torch.Tensor | None = None) -> Pending:
         return Pending(self, None, lambda: flat.unsqueeze(0))
 
     def finish(self, work: dist.Work) -> None:
@@ -195,9 +195,9 @@ class GroupAxis:
         mine = tensor.new_empty(tensor.shape[1:])
         return Pending(self, self._start(self.group._reduce_scatter_base, mine, tensor.view(-1)), lambda: mine)
 
-    def start_all_gather(self, flat: torch.Tensor) -> Pending:
-        """[numel] of each rank -> [size, numel]."""
-        gathered = flat.new_empty((self.size, flat.numel()))
+    def start_all_gather(self, flat: torch.Tensor, out: torch.Tensor | None = None) -> Pending:
+        """[numel] of each rank -> [size, numel]; into `out` if given, whose row of this rank may be `flat` itself."""
+        gathered = flat.new_empty((self.size, flat.numel())) if out is None else out
         return Pending(self, self._start(self.group._allgather_base, gathered.view(-1), flat), lambda: gathered)
 
     def close(self) -> None:
@@ -325,15 +325,28 @@ class GlooAxis(GroupAxis):
 
         return Pending(self, work, total)
 
-    def start_all_gather(self, flat: torch.Tensor) -> Pending:
-        """[numel] of each rank -> [size, numel]."""
+    def start_all_gather(self, flat: torch.Tensor, out: torch.Tensor | None = None) -> Pending:
+        """[numel] of each rank -> [size, numel]; into `out` if given, whose row of this rank may be `flat` itself."""
+        gathered = flat.new_empty((self.size, flat.numel())) if out is None else out
         if flat.numel() == 0:
-            return Pending(self, None, lambda: flat.new_empty((self.size, 0)))
-        num_others, row = self.size - 1, flat.view(1, -1)
-        received = flat.new_empty((num_others, flat.numel()))
-        sent = row if num_others == 1 else row.expand(num_others, -1).contiguous()
+            return Pending(self, None, lambda: gathered)
+        if gathered.untyped_storage()._cdata != flat.untyped_storage()._cdata:
+            gathered[self.coord].copy_(flat)
+        row, before = flat.view(1, -1), self.coord
+        if self.size == 2:
+            other = gathered[1 - before : 2 - before]
+            work = self._start(self.group.alltoall_base, other, row, self._counts, self._counts)
+            return Pending(self, work, lambda: gathered)
+        received = flat.new_empty((self.size - 1, flat.numel()))
+        sent = row.expand(self.size - 1, -1).contiguous()
         work = self._start(self.group.alltoall_base, received, sent, self._counts, self._counts)
-        return Pending(self, work, lambda: torch.cat([received[: self.coord], row, received[self.coord :]]))
+
+        def placed() -> torch.Tensor:
+            gathered[:before].copy_(received[:before])
+            gathered[before + 1 :].copy_(received[before:])
+            return gathered
+
+        return Pending(self, work, placed)
 
 
 Axis = LocalAxis | GroupAxis

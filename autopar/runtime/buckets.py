@@ -1,4 +1,4 @@
-"""How tensors travel together, and how a tensor is cut over replicas: what sums, shards and gathers of data parallelism share."""
+"""How tensors travel together: what sums and gathers of data parallelism share."""
 
 from __future__ import annotations
 
@@ -33,14 +33,3 @@ def buckets_of(names: Iterable[str], tensors: Mapping[str, torch.Tensor], limit_
         buckets[-1].append(name)
         num_bytes += tensor.nbytes
     return buckets
-
-
-def part_size(numel: int, replicas: int) -> int:
-    """Elements of a replica's part of a tensor; the last replicas' parts may be shorter."""
-    return -(-numel // replicas)
-
-
-def part_of(numel: int, replicas: int, coord: int) -> tuple[int, int]:
-    """(begin, end) of a replica's elements of a tensor."""
-    part = part_size(numel, replicas)
-    return min(coord * part, numel), min((coord + 1) * part, numel)

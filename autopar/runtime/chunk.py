@@ -27,7 +27,7 @@ from autopar.runtime.axis import Axis
 from autopar.runtime.batch import Arguments, BatchTypes, Layout
 from autopar.runtime.buckets import shares_memory
 from autopar.runtime.buffers import Rings, RingTable
-from autopar.runtime.gathered import GatheredParameters
+from autopar.runtime.gathered import GatheredParameters, RefreshedParameters
 from autopar.runtime.gradients import GradientSums
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.world import World
@@ -55,14 +55,15 @@ class _Flight:
 class Chunk:
     """One stage of this rank.
 
-    `number` is the stage's, `tensors` are its parameters and buffers by name, `shards` the rank's with ZeRO.
+    `number` is the stage's, `tensors` are its parameters and buffers by name, `shards` the rank's with ZeRO. `compiled`: the
+    shards are up to date before a step.
     `connect` tells it of the rank's other stages.
     """
 
     def __init__(
         self, program: Program, world: World, number: int, cls: type[StageModule], tensors: Mapping[str, torch.Tensor],
         sums: GradientSums, batch_types: BatchTypes, *, seed: int, depth: int,
-        shards: ParameterShards | None = None,
+        shards: ParameterShards | None = None, compiled: bool = False,
     ) -> None:  # fmt: skip
         self.number, self.world = number, world
         axes = {name: world.axis(name) for name in world.mesh}
@@ -72,9 +73,9 @@ class Chunk:
         self._own_buffers = own
         self._gathered: GatheredParameters | None = None
         if shards is not None and shards.gathers:
-            held = self.stage.p
-            self._gathered = GatheredParameters(world.axis(REPLICA_AXIS), shards, list(cls.PARAMS), held)
-            self.stage.p = self._gathered
+            self.stage.p = self._gathered = GatheredParameters(world.axis(REPLICA_AXIS), shards, self.stage.p)
+        elif shards is not None and not compiled:
+            self.stage.p = RefreshedParameters(shards, self.stage.p)
         self._sums = sums
         self.num_microbatches = batch_types.num_microbatches
         self.receives: list[Receive] = list(cls.RECEIVES.values())

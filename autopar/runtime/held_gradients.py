@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from autopar.runtime.buckets import part_of
 from autopar.runtime.parameter_shards import ParameterShards
 from costmodel.errors import BadArgument
 
@@ -75,7 +74,7 @@ class HeldGradients:
             if parameter.grad is None and shard.grad is not None:
                 parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
-                begin, end = part_of(parameter.numel(), self.shards.replicas, self.shards.coord)
+                begin, end = self.shards.within(name)
                 own = parameter.grad.view(-1)[begin:end].view(shard.shape)
                 shard.grad = own if shard.grad is None else own.add_(shard.grad)
 

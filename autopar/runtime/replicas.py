@@ -14,8 +14,9 @@ What earlier steps left in `.grad` has been summed already: it is set aside when
 accumulated and left parts, which this step adds to (`held_gradients.py`).
 A parameter that gets no gradient takes part with zeros and keeps None: all replicas run one program, so it gets none on any.
 
-With ZeRO (`parameter_shards.py`) each replica gets the sum of its shards' elements only, added to the shards' `.grad`: a bucket is a
-row for each replica, of its parts of all the bucket's parameters, the last replica's filled up with zeros.
+With ZeRO (`parameter_shards.py`) each replica gets the sum of its shards' elements only, added to the shards' `.grad`. A bucket is a row
+for each replica, of its elements of the bucket's parameters, filled up to the longest with zeros; of a whole group of them, which
+most buckets are, the rows one after the other are the gradients as they are.
 """
 
 from __future__ import annotations
@@ -24,23 +25,51 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from autopar.deferred import Product
 from autopar.runtime.axis import Axis, Pending
-from autopar.runtime.buckets import buckets_of, part_size, shares_memory
+from autopar.runtime.buckets import buckets_of, shares_memory
 from autopar.runtime.held_gradients import HeldGradients
+from autopar.runtime.parameter_shards import ParameterShards
+from autopar.runtime.shard_groups import ShardGroup
 from costmodel.buckets import gradient_bucket_bytes
 
 _UNDER_WAY = 2  # buckets at most: before one more starts, the first of them is waited for and its memory let go
 
 
-class _Bucket:
-    """Parameters whose gradients travel together, and the sum while it is under way. `shards`: what gets the sums, if not they."""
+class _Rows:
+    """A bucket of `names` as one row for each replica, of what `shards` has of them."""
 
-    def __init__(self, names: Sequence[str], parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(self, names: Sequence[str], shards: ParameterShards) -> None:
+        rows = [
+            [(place, *shards.group_of[name].within(name, coord)) for place, name in enumerate(names)]
+            for coord in range(shards.replicas)
+        ]
+        lengths = [sum(end - begin for _, begin, end in row) for row in rows]
+        self.length, self.sizes = max(lengths), [end - begin for _, begin, end in rows[shards.coord]]
+        self._rows = [
+            ([(place, begin, end) for place, begin, end in row if end > begin], self.length - length)
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        self.shards = [shards.of[name] for name in names]
+
+    def of(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[replicas, length]"""
+        flat = [gradient.reshape(-1) for gradient in gradients]
+        pieces: list[torch.Tensor] = []
+        for row, filled in self._rows:
+            pieces += [flat[place][begin:end] for place, begin, end in row]
+            if filled:
+                pieces.append(flat[0].new_zeros(filled))
+        return torch.cat(pieces).view(len(self._rows), self.length)
+
+
+class _Bucket:
+    """Parameters whose gradients travel together, and the sum while it is under way. `rows`: if shards of them get the sums."""
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[torch.Tensor], shards: ParameterShards | None) -> None:
         self.names, self.parameters = names, parameters
-        self.shards: Sequence[torch.Tensor] | None = None
+        self.rows = _Rows(names, shards) if shards is not None else None
         self.missing: set[int] = set()
         self.pending: Pending | None = None
         self.with_gradient: list[bool] = []
@@ -58,19 +87,23 @@ class ReplicaSums:
         self, axis: Axis, stages: Mapping[int, Sequence[str]], late: Sequence[str], held: HeldGradients
     ) -> None:
         self._axis, self._held, parameters = axis, held, held.parameters
-        total = sum(parameters[name].nbytes for listed in (*stages.values(), late) for name in listed)
-        limit = gradient_bucket_bytes(total, sharded=held.shards is not None)
+        limit = gradient_bucket_bytes(sum(parameters[name].nbytes for listed in (*stages.values(), late) for name in listed))
 
-        def buckets(names: Iterable[str]) -> list[_Bucket]:
-            return [_Bucket(run, [parameters[name] for name in run]) for run in buckets_of(names, parameters, limit)]
+        def runs(names: Iterable[str]) -> list[list[str]]:
+            if held.shards is None:
+                return buckets_of(names, parameters, limit)
+            of_groups: dict[ShardGroup, list[str]] = {}
+            for name in names:
+                of_groups.setdefault(held.shards.group_of[name], []).append(name)
+            return list(of_groups.values())
 
-        self._of_stage = {stage: buckets(reversed(stages[stage])) for stage in sorted(stages, reverse=True)}
+        def buckets(listed: Iterable[Sequence[str]]) -> list[_Bucket]:
+            return [_Bucket(run, [parameters[name] for name in run], held.shards) for run in listed]
+
+        self._of_stage = {stage: buckets(runs(reversed(stages[stage]))) for stage in sorted(stages, reverse=True)}
         self._early = [bucket for listed in self._of_stage.values() for bucket in listed]
-        self._late = buckets(late)
+        self._late = buckets(buckets_of(late, parameters, limit))
         self._buckets = [*self._early, *self._late]
-        if held.shards is not None:
-            for bucket in self._buckets:
-                bucket.shards = [held.shards.of[name] for name in bucket.names]
         self._bucket_of = {id(parameter): bucket for bucket in self._early for parameter in bucket.parameters}
         for bucket in self._early:
             for parameter in bucket.parameters:
@@ -94,7 +127,7 @@ class ReplicaSums:
         for bucket in self._buckets:
             bucket.missing = {id(parameter) for parameter in bucket.parameters}
             bucket.pending = None
-            if bucket.shards is None and not self._held.unsummed:
+            if bucket.rows is None and not self._held.unsummed:
                 for name, parameter in zip(bucket.names, bucket.parameters, strict=True):
                     if parameter.grad is not None and name not in self._earlier:
                         self._earlier[name], parameter.grad = parameter.grad, None
@@ -144,21 +177,16 @@ class ReplicaSums:
             for gradient, parameter in zip(gradients, bucket.parameters, strict=True)
         ]
         del gradients
-        if bucket.shards is None:
+        if bucket.rows is None:
             alone = len(filled) == 1 and not shares_memory(filled[0])
             flat = filled[0].reshape(-1) if alone else torch.cat([gradient.reshape(-1) for gradient in filled])
             del filled
             bucket.pending = self._axis.start_all_reduce(flat)
         else:
-            rows = torch.cat([self._rows(gradient) for gradient in filled], 1)
+            rows = bucket.rows.of(filled)
             del filled
             bucket.pending = self._axis.start_reduce_scatter(rows)
         self.reductions.update(bucket.names)
-
-    def _rows(self, gradient: torch.Tensor) -> torch.Tensor:
-        """[replicas, elements of one's part]"""
-        flat, part = gradient.reshape(-1), part_size(gradient.numel(), self._axis.size)
-        return F.pad(flat, (0, part * self._axis.size - flat.numel())).view(self._axis.size, part)
 
     def finish(self) -> None:
         """Start what has not been started, and put all sums into `.grad`; where another step is to do it, leave parts there."""
@@ -186,11 +214,11 @@ class ReplicaSums:
             return
         flat = pending.wait()
         del pending
-        if bucket.shards is not None:
-            parts = flat.split([part_size(parameter.numel(), self._axis.size) for parameter in bucket.parameters])
-            for shard, piece, has in zip(bucket.shards, parts, bucket.with_gradient, strict=True):
+        if bucket.rows is not None:
+            parts = flat[: sum(bucket.rows.sizes)].split(bucket.rows.sizes)
+            for shard, piece, has in zip(bucket.rows.shards, parts, bucket.with_gradient, strict=True):
                 if has:
-                    gradient = piece[: shard.numel()].view(shard.shape)
+                    gradient = piece.view(shard.shape)
                     shard.grad = gradient if shard.grad is None else shard.grad.add_(gradient)
             return
         pieces = flat.split([parameter.numel() for parameter in bucket.parameters])

@@ -89,17 +89,19 @@ class StagedAxis(GlooAxis):
     def start_reduce_scatter(self, tensor: torch.Tensor) -> Pending:
         return _Up(self, super().start_reduce_scatter(to_host(tensor)), tensor.device)
 
-    def start_all_gather(self, flat: torch.Tensor) -> Pending:
-        return super().start_all_gather(flat) if flat.device.type == "cpu" else _Up(
-            self, super().start_all_gather(to_host(flat)), flat.device
-        )  # fmt: skip
+    def start_all_gather(self, flat: torch.Tensor, out: torch.Tensor | None = None) -> Pending:
+        if flat.device.type == "cpu":
+            return super().start_all_gather(flat, out)
+        return _Up(self, super().start_all_gather(to_host(flat)), flat.device, out)
 
 
 class _Up(Pending):
-    """A collective of host memory whose result goes up."""
+    """A collective of host memory whose result goes up; into `out` if given."""
 
-    def __init__(self, axis: StagedAxis, inner: Pending, device: torch.device) -> None:
-        super().__init__(axis, None, lambda: inner.wait().to(device))
+    def __init__(
+        self, axis: StagedAxis, inner: Pending, device: torch.device, out: torch.Tensor | None = None
+    ) -> None:
+        super().__init__(axis, None, lambda: inner.wait().to(device) if out is None else out.copy_(inner.wait()))
         self._inner = inner
 
     def advance(self) -> None:

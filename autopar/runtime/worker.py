@@ -104,7 +104,7 @@ class Worker:
         self._batch_types = BatchTypes(program.batch, self.num_microbatches, tuple(world.mesh))
         stages = dict(zip(program.stage_numbers, program.stages, strict=True))
         held = held or HeldGradients(self.parameters, None)
-        self._shards = held.shards
+        self._shards, self._compiled = held.shards, bool(compile)
         self._sums = GradientSums(
             world, stages, program.stage_ranks, held, self.num_microbatches
         )
@@ -116,7 +116,7 @@ class Worker:
         self._chunks = [
             Chunk(
                 program, world, number, cls, tensors, self._sums, self._batch_types,
-                seed=seed, depth=self.num_microbatches + _RING_SLACK, shards=self._shards,
+                seed=seed, depth=self.num_microbatches + _RING_SLACK, shards=self._shards, compiled=self._compiled,
             )
             for number, cls in stages.items()
         ]  # fmt: skip
@@ -240,6 +240,8 @@ class Worker:
     def _abandon(self) -> None:
         self._drop()
         self._sums.abandon()
+        if self._shards is not None:
+            self._shards.forget()
 
     def _drop(self) -> None:
         """Forget everything of this step."""
@@ -271,10 +273,14 @@ class Worker:
     def refresh(self) -> None:
         """Bring whole parameters up to date with all replicas' shards. All replicas take part."""
         if self._shards is not None:
-            self._shards.refresh(self._replicas)
+            self._shards.expect(self._replicas)
+            self._shards.refresh()
 
     def _prepare(self, batch: Mapping[str, torch.Tensor], layout: Layout, replicas: Axis | None) -> None:
-        self.refresh()
+        if self._shards is not None:
+            self._shards.expect(self._replicas)
+            if self._compiled:
+                self._shards.refresh()
         for chunk in self._chunks:
             chunk.begin(batch, layout, replicas)
 
@@ -293,6 +299,8 @@ class Worker:
                 method(argument)
                 record.append((text.rstrip(b"\0").decode(), start, time.perf_counter()))
         self._transfers.finish_sends()
+        if self._shards is not None:
+            self._shards.refresh()
         self.world.rest()
 
     def _sum_gradients(self, _: None) -> None:

@@ -13,6 +13,7 @@ _LEAST_BUCKETS, _LEAST_BUCKET_BYTES = 4, 4 * 2**20  # so that a small model's gr
 _GROUPS = 16  # about, of a stage's parameters
 _LEAST_GROUP_BYTES = 2**20
 _MOST_GROUP_BYTES = 64 * 2**20
+_FILLED = 0.75  # of a group, on average: it ends before the tensor that would go beyond its bytes
 
 
 def gradient_bucket_bytes(total_bytes: float) -> int:
@@ -23,3 +24,8 @@ def gradient_bucket_bytes(total_bytes: float) -> int:
 def shard_group_bytes(total_bytes: float) -> int:
     """Bytes of parameters that are gathered, and of gradients that are summed, at once under ZeRO, of a stage's `total_bytes`."""
     return int(min(max(total_bytes // _GROUPS, _LEAST_GROUP_BYTES), _MOST_GROUP_BYTES))
+
+
+def mean_group_bytes(total_bytes: float) -> float:
+    """What a group of `shard_group_bytes` has on average, where the tensors are not known."""
+    return min(_FILLED * shard_group_bytes(total_bytes), total_bytes)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from costmodel.buckets import HELD_GROUPS, gradient_bucket_bytes, shard_group_bytes
+from costmodel.buckets import HELD_GROUPS, gradient_bucket_bytes, mean_group_bytes
 from costmodel.memory import STATE_PRECISIONS, TIED_EXACT_BYTES, state_bytes
 from passes.layout import Layout, LayoutMemory
 from passes.layout_stages import StageSums
@@ -111,7 +111,8 @@ def _zero_buffers(layout: Layout, held: HeldStages) -> float:
         return min(layout.zero_bucket_elements, held.parameters) * (row.parameter_bytes + row.gradient_bytes)
     if layout.sums_each_microbatch:
         return max(stage.largest_block_parameters for stage in held.stages) * (2 * row.parameter_bytes + row.gradient_bytes)
-    return (HELD_GROUPS + 1) * sum(shard_group_bytes(stage.parameters * row.parameter_bytes) for stage in held.stages)
+    whole = [stage.parameters * row.parameter_bytes for stage in held.stages]
+    return sum(min((HELD_GROUPS + 1) * mean_group_bytes(num_bytes), num_bytes) for num_bytes in whole)
 
 
 def _first_backward(layout: Layout, held: HeldStages, kept: float, gradients: float) -> tuple[float, float, float]:
@@ -149,7 +150,7 @@ def _last_backward(layout: Layout, held: HeldStages, count: int, on_cpu: bool) -
     """
     each = _gradient_bytes(layout)
     whole = held.parameters * each
-    bucket = min(shard_group_bytes(whole / len(held.stages)) if layout.zero else gradient_bucket_bytes(whole), whole)
+    bucket = mean_group_bytes(whole / len(held.stages)) if layout.zero else min(gradient_bucket_bytes(whole), whole)
     stage, kept = held.stages[-1], held.kept_bytes / len(held.stages)
     found = []
     for most, done in stage.making:

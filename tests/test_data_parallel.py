@@ -22,6 +22,7 @@ from reference import model_loss, train, wide
 from torch import Tensor, nn
 
 import autopar
+from costmodel.buckets import HELD_GROUPS
 from costmodel.errors import BadArgument, RankFailed
 
 NUM_STEPS, ROWS, TOKENS = 20, 7, 8  # 7 rows over 2 replicas are 4, 3
@@ -206,8 +207,10 @@ def test_parameters_are_each_replicas_part_and_keep_their_number_of_dims(zero: i
     for name, parameter in trained.items():
         shards = [held[f"rank {rank}: {name}"] for rank in range(3)]
         assert {shard.ndim for shard in shards} == {max(1, parameter.ndim)}
-        assert shards[0].numel() == -(-parameter.numel() // 3)
         assert sum(shard.numel() for shard in shards) == parameter.numel()
+    totals = [sum(held[f"rank {rank}: {name}"].numel() for name in trained) for rank in range(3)]
+    num_groups = len(par._ranks().shards_of[0].groups)  # type: ignore[attr-defined]
+    assert max(totals) - min(totals) <= 2 * num_groups, "each group in equal parts, but for what fills up the last ones"
     optimizer = torch.optim.AdamW(par.parameters())
     par.step(**batch)
     optimizer.step()
@@ -225,28 +228,31 @@ def test_parameters_are_each_replicas_part_and_keep_their_number_of_dims(zero: i
 def test_zero_3_holds_whole_parameters_only_while_they_are_used() -> None:
     """Not after a step, and in a step no more than a few of the groups they are gathered in; autograd keeps none."""
     torch.manual_seed(0)
-    model = GPT(layers=8, dim=64, heads=4, vocab=64)
+    model = GPT(layers=8, dim=128, heads=4, vocab=64)
     batch = gpt_batch(rows=4, tokens=8)
     par = autopar.parallelize(model, batch, dp=2, zero=3)
     par.step(**batch)
     rank = par._ranks()._threads._ranks[0]  # type: ignore[union-attr, attr-defined]
     gathered = rank.worker._chunks[0]._gathered
     total = sum(p.numel() for p in model.parameters())
-    most, alive = 0, []
-    gather = gathered._shards.gathered
+    most, alive, asked = 0, [], []
+    gather = gathered._shards.start_gather
 
-    def counted(names: Any, axis: Any) -> Any:
+    def counted(group: Any, axis: Any) -> Any:
         nonlocal most
-        found = gather(names, axis)
-        alive.extend(weakref.ref(value.untyped_storage()) for value in found.values())
+        found = gather(group, axis)
+        asked.append(group)
+        alive.append(weakref.ref(found._result().untyped_storage()))
         most = max(most, sum(each.nbytes() for ref in alive if (each := ref()) is not None))
         return found
 
-    gathered._shards.gathered = counted
+    gathered._shards.start_gather = counted
     par.step(**batch)
-    assert len(alive) > 2 * len(list(model.parameters())) - 4, "gathered for forward and again for backward"
-    assert most <= 4 * total * 0.3
-    assert not gathered._held
+    groups = gathered._shards.groups
+    assert len(groups) >= 2 and asked[: len(groups)] == groups, "each for forward, in the order of their use"
+    assert set(asked[len(groups) :]) >= set(groups[:-HELD_GROUPS]), "and again for backward"
+    assert most <= 4 * max(group.part * 2 for group in groups) * (HELD_GROUPS + 1) < 4 * total
+    assert not gathered._held and gathered._coming is None
     assert all(p.untyped_storage().nbytes() <= 4 for p in rank.worker.parameters.values())
     par.close()
 

@@ -89,8 +89,8 @@ def make_plan(
     rows = traced.sizes.get("B", 1)
     weighted = weigh_loss(traced.graph_module, traced.loss)
     count = microbatches if microbatches is not None else 1 if weighted.meeting else choose_microbatches(rows, pp)
-    meeting = meeting_notes(weighted.meeting, count, pp)
-    for note in meeting if count > 1 else ():
+    meeting = meeting_notes(weighted.meeting, count, pp, mesh.get("dp", 1))
+    for note in meeting if count > 1 or mesh.get("dp", 1) > 1 else ():
         warnings.warn(note, stacklevel=2)
     if count > rows:
         raise BadArgument(
@@ -382,11 +382,17 @@ def _predict(
     )
 
 
-def meeting_notes(places: Sequence[str], microbatches: int, num_stages: int) -> list[str]:
+def meeting_notes(places: Sequence[str], microbatches: int, num_stages: int, replicas: int = 1) -> list[str]:
     """What it means that rows of the batch meet before the loss adds them up."""
-    if not places or (num_stages == 1 and microbatches == 1):
+    if not places or (num_stages == 1 and microbatches == 1 and replicas == 1):
         return []
     where = places[0] + (f" and {len(places) - 1} more" if len(places) > 1 else "")
+    if replicas > 1:
+        parts = f"{replicas} replicas" + (f" of {microbatches} microbatches" if microbatches > 1 else "")
+        exact = "dp=1" + (" with microbatches=1" if microbatches > 1 else "")
+        return [
+            f"{parts} do not give the whole batch's loss: it compares rows of the batch with each other: {where}; {exact} does"
+        ]
     if microbatches == 1:
         return [
             f"one microbatch, so no overlap of stages: the loss compares rows of the batch with each other: {where}"

@@ -1,12 +1,13 @@
 """The loss pass: makes the losses of microbatches add up to the loss of the whole batch, whatever the microbatches hold.
 
 A mean over the batch is not the mean of the microbatches' means when they hold different numbers of rows or of ignored labels. The
-pass walks from the loss back through what is linear (sums, scalings, casts, views) to its terms and finds for each how it averages:
+pass walks from the loss back through what is linear (additions, scalings by what no input changes, casts; of values without rows also
+views, stacks, sums and means) to its terms and finds for each how it averages:
 
 - a mean over labels that are not ignored weighs by their number (by the sum of their class weights, if there are any),
 - a mean over elements weighs by the rows of the microbatch,
-- a sum divided by a function of a sum over the inputs alone, such as a mask's sum (at least 1, say), is divided by that function of the
-  whole batch's sum, and then adds up,
+- a sum divided by (or times) a function of a sum over the inputs alone, such as a mask's sum (at least 1, say), is divided by that
+  function of the whole batch's sum, and then adds up,
 - a sum already adds up.
 
 Each averaging term is multiplied by its `loss_share`, the microbatch's weight over the batch's, an input that the runtime fills in from
@@ -27,8 +28,8 @@ import sympy
 import torch
 from torch import fx
 
-from passes.ir import TensorType, origin, size_expr, tensor_type
-from passes.rows import where_rows_meet
+from passes.ir import Size, TensorType, origin, size_expr, tensor_type
+from passes.rows import ROWS, where_rows_meet
 from passes.values import computed_once
 
 aten = torch.ops.aten
@@ -43,7 +44,11 @@ _PASS_THROUGH = _CASTS | {
 }  # fmt: skip
 _ADDITIONS = {aten.add.Tensor, aten.sub.Tensor}
 _SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
+_DIVISIONS = {aten.div.Tensor, aten.div.Scalar}
 _SUMS = {aten.sum.default, aten.sum.dim_IntList}
+_MEANS = {aten.mean.default, aten.mean.dim}
+_JOINS = {aten.stack.default, aten.cat.default}
+_CONTRACTIONS = {aten.mm.default, aten.bmm.default, aten.matmul.default, aten.linear.default, aten.dot.default}
 _LABELLED = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default}
 _REDUCED = {
     aten.mse_loss.default: 2, aten.l1_loss.default: 2, aten.smooth_l1_loss.default: 2, aten.huber_loss.default: 2,
@@ -74,7 +79,8 @@ class _Term:
     node: fx.Node
     weight: MakeWeight
     can_be_empty: bool = False  # its weight can be 0, and its value is then 0 / 0
-    total: fx.Node | None = None  # of a divisor: what the whole batch's sum takes the place of; there is no share then
+    total: fx.Node | None = None  # of a factor: what the whole batch's sum takes the place of; there is no share then
+    factor: fx.Node | None = None  # the divisor or factor of `node` that is a function of `total`
 
 
 def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
@@ -101,7 +107,7 @@ def weigh_loss(module: fx.GraphModule, loss: fx.Node | None) -> WeightedLoss:
         if term.total is not None:
             _insert_total(graph, term, index)
         else:
-            shares[term.node] = _insert_share(graph, term, index)
+            shares[term.node] = _insert_share(graph, term, index, walk.linear)
     _retype(graph, set(shares.values()))
     if copies[loss] in shares:
         copies[loss].meta.pop("loss")
@@ -114,8 +120,8 @@ def every_term_weighed(loss: fx.Node) -> bool:
     """True if each term of a loss that `weigh_loss` gave is multiplied by a share: none is a sum over the batch."""
     if any(isinstance(arg, fx.Node) and "loss_share" in arg.meta for arg in loss.args):
         return True
-    inner = [arg for arg in loss.args if isinstance(arg, fx.Node) and arg.meta.get("trainable")]
-    linear = loss.target in _PASS_THROUGH | _ADDITIONS | _SCALINGS
+    inner = [arg for arg in loss.all_input_nodes if arg.meta.get("trainable")]
+    linear = loss.target in _PASS_THROUGH | _ADDITIONS | _SCALINGS | _SUMS | _MEANS | _JOINS
     return linear and bool(inner) and all(map(every_term_weighed, inner))
 
 
@@ -127,33 +133,34 @@ def _insert_input(graph: fx.Graph, name: str, index: int, dtype: torch.dtype) ->
     return node
 
 
-def _insert_share(graph: fx.Graph, weighed: _Term, index: int) -> fx.Node:
+def _insert_share(graph: fx.Graph, weighed: _Term, index: int, linear: set[fx.Node]) -> fx.Node:
+    """Multiply a term by its share where it is added up: for its users in `linear`, or where it is the loss that is returned."""
     term = weighed.node
     kind = tensor_type(term)
     assert kind is not None
     share = _insert_input(graph, SHARE, index, torch.float64 if kind.dtype == torch.float64 else torch.float32)
     trainable = term.meta.get("trainable", False)
-    value, added = term, set[fx.Node]()
+    value = term
+    users = [user for user in term.users if user in linear or (user.op == "output" and term.meta.get("loss"))]
     with graph.inserting_before(term.next):
         if weighed.can_be_empty:
             empty = _call(graph, aten.eq.Scalar, (share, 0), TensorType(torch.bool, ()), term)
             value = _call(graph, aten.masked_fill.Scalar, (term, empty, 0), kind, term)
             value.meta["trainable"] = trainable
-            added.add(value)
         scaled = _call(graph, aten.mul.Tensor, (value, share), kind, term)
     scaled.meta["trainable"] = trainable
-    added.add(scaled)
-    term.replace_all_uses_with(scaled, delete_user_cb=lambda user: user not in added)
+    for user in users:
+        user.replace_input_with(term, scaled)
     return scaled
 
 
 def _insert_total(graph: fx.Graph, term: _Term, index: int) -> None:
-    """Divide `term` by the function of the whole batch's sum that it divides the microbatch's by."""
-    summed, divisor = term.total, term.node.args[1]
-    assert summed is not None and isinstance(divisor, fx.Node)
+    """Divide `term` by the function of the whole batch's sum that it divides the microbatch's by; or multiply, as it does."""
+    summed, factor = term.total, term.factor
+    assert summed is not None and factor is not None
     kind = tensor_type(summed)
     assert kind is not None
-    chain = [divisor]
+    chain = [factor]
     while chain[-1] is not summed:
         chain.append(next(arg for arg in chain[-1].all_input_nodes if tensor_type(arg) is not None))
     copies = {summed: _insert_input(graph, TOTAL, index, kind.dtype)}
@@ -161,7 +168,7 @@ def _insert_total(graph: fx.Graph, term: _Term, index: int) -> None:
         for node in reversed(chain[:-1]):
             copies[node] = graph.node_copy(node, lambda arg: copies.get(arg, arg))
             copies[node].meta = dict(node.meta)
-    term.node.replace_input_with(divisor, copies[divisor])
+    term.node.replace_input_with(factor, copies[factor])
     for node in chain:
         if not node.users:
             graph.erase_node(node)
@@ -190,46 +197,77 @@ class _Walk:
         self.parametric = computed_once(graph)
         self.terms: list[_Term] = []
         self.notes: list[str] = []
+        self.linear: set[fx.Node] = set()  # what was visited
         self.weighed: set[fx.Node] = set()  # from the loss to what its terms add up or average
         self.ends: list[fx.Node] = []  # what the terms are computed from, without what they are divided by
         self.data: set[fx.Node] = set()
         for node in graph.nodes:
             if node.op == "placeholder" or any(n in self.data for n in node.all_input_nodes):
                 self.data.add(node)
+        self.rows_known = any(_has_rows(node) for node in graph.nodes if node.op == "placeholder")
 
     def visit(self, node: fx.Node) -> None:
+        """Find the terms of `node`, which has no rows."""
+        self.linear.add(node)
         self.weighed.add(node)
-        tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        if node.target in _PASS_THROUGH and not self._reshapes_rows(node):
-            return self.visit(tensors[0])
-        scalars = [kind for kind in map(tensor_type, tensors) if kind is not None and kind.shape == ()]
-        if node.target in _ADDITIONS and len(tensors) == len(scalars) == 2:
-            for tensor in tensors:
-                self.visit(tensor)
+        if node not in self.data:  # the same in every microbatch: the shares of rows add up to 1
+            self.terms.append(_Term(node, lambda graph, copies: _rows(graph)))
             return None
-        if node.target in _SCALINGS:
-            parametric = [t for t in tensors if t in self.parametric]
-            rest = [t for t in tensors if t not in self.parametric]
-            if len(parametric) == 1 and not any(t in self.data for t in rest):
-                return self.visit(parametric[0])
-            divides = (
-                node.target in (aten.div.Tensor, aten.div.Scalar) and parametric == [node.args[0]] and len(rest) == 1
-            )
-            if divides and self._adds_up(parametric[0]):
-                total = self._sum_inside(rest[0])
-                weight = total if total is not None else rest[0]
-                if total is None and tensor_type(rest[0]) is not None:
-                    self.notes.append(
-                        f"{origin(node)}: not known how its divisor adds up over the batch; taken to be a sum"
-                    )
-                self.terms.append(_Term(node, lambda graph, copies: copies[weight], total=total))
-                return None
+        linear = self._linear_in(node)
+        if linear:
+            for each in linear:
+                if each not in self.linear:
+                    self.visit(each)
+            return None
+        if node.target in _SCALINGS and self._scaled_by_a_total(node):
+            return None
         if self._adds_up(node):
             return None
         self.ends.append(node)
         counted = node.target in _LABELLED and _argument(node, 1, "target", None) not in self.parametric
         self.terms.append(_Term(node, self._weight(node), can_be_empty=counted))
         return None
+
+    def _linear_in(self, node: fx.Node) -> list[fx.Node]:
+        """The values without rows whose terms are those of `node`, each times what no input changes; [] if there are none such."""
+        tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if node.target in _PASS_THROUGH or (node.target in _SUMS | _MEANS and self.rows_known):
+            found = tensors[:1]
+        elif node.target in _ADDITIONS:
+            found = tensors if len(tensors) == 2 else []
+        elif node.target in _JOINS:
+            found = [each for each in node.all_input_nodes if tensor_type(each) is not None]
+        elif node.target in _SCALINGS:
+            found = [each for each in tensors if each in self.data]
+            if len(found) != 1 or (node.target in _DIVISIONS and found != [node.args[0]]):
+                return []
+        else:
+            return []
+        return found if all(map(self._without_rows, found)) else []
+
+    def _scaled_by_a_total(self, node: fx.Node) -> bool:
+        """True if it is a term: a sum divided by, or times, a function of the inputs alone that is of the whole batch."""
+        tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        parametric = [each for each in tensors if each in self.parametric]
+        rest = [each for each in tensors if each not in self.parametric]
+        divides = node.target in _DIVISIONS
+        if len(parametric) != 1 or len(rest) != 1 or (divides and parametric != [node.args[0]]):
+            return False
+        total = self._sum_inside(rest[0])
+        if (not divides and total is None) or not self._adds_up(parametric[0]):
+            return False
+        weight = total if total is not None else rest[0]
+        if total is None and tensor_type(rest[0]) is not None:
+            self.notes.append(f"{origin(node)}: not known how its divisor adds up over the batch; taken to be a sum")
+        self.terms.append(_Term(node, lambda graph, copies: copies[weight], total=total, factor=rest[0]))
+        return True
+
+    def _without_rows(self, node: fx.Node) -> bool:
+        """True for a value that is one for the whole microbatch."""
+        kind = tensor_type(node)
+        if kind is None:
+            return False
+        return not _has_rows(node) if self.rows_known else all(size == 1 for size in kind.shape)
 
     def _sum_inside(self, divisor: fx.Node) -> fx.Node | None:
         """The sum over the batch that a scalar divisor is a function of: through casts, bounds, and whatever else has one tensor."""
@@ -247,37 +285,29 @@ class _Walk:
             node = tensors[0]
         return None
 
-    @staticmethod
-    def _reshapes_rows(node: fx.Node) -> bool:
-        kind = tensor_type(node)
-        return kind is None or any(size != 1 for size in kind.shape)
-
     def _adds_up(self, node: fx.Node) -> bool:
         """True if the term's sum over microbatches is the batch's term."""
-        found = self._is_sum(node)
-        if found:
-            self.weighed.add(node)
-            self.ends.append(node)
-        return found
+        sums = self._sums(node)
+        self.weighed.update(sums)
+        self.ends.extend(sums)
+        return bool(sums)
 
-    def _is_sum(self, node: fx.Node) -> bool:
-        if node.target in _PASS_THROUGH and isinstance(node.args[0], fx.Node) and not self._reshapes_rows(node):
-            return self._adds_up(node.args[0])
-        if node.target in _SCALINGS:
-            tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
-            inside = [t for t in tensors if t in self.parametric]
-            return (
-                len(inside) == 1
-                and not any(t in self.data for t in tensors if t is not inside[0])
-                and self._adds_up(inside[0])
-            )
+    def _sums(self, node: fx.Node) -> list[fx.Node]:
+        """The sums over rows that `node` is a linear function of; [] if it is none."""
+        linear = self._linear_in(node)
+        if linear:
+            inside = [self._sums(each) for each in linear]
+            return [each for sums in inside for each in sums] if all(inside) else []
         if node.target in _SUMS:
-            return node in self.data
-        if node.target in _LABELLED:
-            return _argument(node, 3, "reduction", 1) == 2
-        if node.target in _REDUCED:
-            return _argument(node, _REDUCED[node.target], "reduction", 1) == 2
-        return False
+            found = node in self.data
+        elif node.target in _CONTRACTIONS:
+            kind = tensor_type(node.all_input_nodes[0])
+            found = kind is not None and bool(kind.shape) and _rows_in(kind.shape[-1])
+        elif node.target in _LABELLED:
+            found = _argument(node, 3, "reduction", 1) == 2
+        else:
+            found = node.target in _REDUCED and _argument(node, _REDUCED[node.target], "reduction", 1) == 2
+        return [node] if found else []
 
     def _weight(self, node: fx.Node) -> MakeWeight:
         if node.target in _LABELLED:
@@ -290,12 +320,21 @@ class _Walk:
                 self.notes.append(
                     f"{origin(node)}: the labels depend on parameters or random numbers; the term is averaged by rows"
                 )
-        elif node.target not in _REDUCED and node.target not in (aten.mean.default, aten.mean.dim):
+        elif node.target not in _REDUCED and node.target not in _MEANS:
             self.weighed.discard(node)
             self.notes.append(
                 f"{origin(node) or node.target}: not known to be a sum or a mean over the batch; microbatches are averaged by rows"
             )
         return lambda graph, copies: _rows(graph)
+
+
+def _rows_in(size: Size) -> bool:
+    return not isinstance(size, int) and ROWS in size.free_symbols
+
+
+def _has_rows(node: fx.Node) -> bool:
+    kind = tensor_type(node)
+    return kind is not None and any(map(_rows_in, kind.shape))
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:

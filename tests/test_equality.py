@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +160,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
         entropies(logits, labels) - 0.1 * logits.softmax(-1).amax(-1).mean()
     ),
     "a mean and a sum": lambda logits, labels, mask: entropies(logits, labels) + 1e-3 * logits.abs().sum(),
+    "sum of means over rows": lambda logits, labels, mask: logits.square().mean(0).sum(),
+    "stacked": lambda logits, labels, mask: torch.stack([entropies(logits, labels), logits.square().mean()]).sum(),
+    "times a reciprocal": lambda logits, labels, mask: (logits.mean(-1) * mask).sum() * (1.0 / mask.sum()),
+    "a dot product": lambda logits, labels, mask: torch.dot(logits.mean(-1).flatten(), mask.flatten()),
+    "one term twice": lambda logits, labels, mask: (lambda term: term + 0.5 * (term - 2 * term))(entropies(logits, labels)),
     "scaled": lambda logits, labels, mask: 3.0 * entropies(logits, labels) / 7,
     "first of a tuple": lambda logits, labels, mask: (entropies(logits, labels), logits),
     "in a dict": lambda logits, labels, mask: {"logits": logits, "loss": entropies(logits, labels)},
@@ -225,6 +231,46 @@ class Auxiliary(Classifier):
         auxiliary = (x.square().sum(-1) * mask).sum() / mask.sum()
         logits = self.out(F.gelu(self.inner(self.blocks(x))))
         return self.criterion(logits.flatten(0, 1), labels.flatten()) + 0.1 * auxiliary
+
+
+class Balanced(Classifier):
+    """Two losses that learned numbers weigh, and what keeps the numbers small: it is added once a batch."""
+
+    def __init__(self) -> None:
+        super().__init__(LOSSES["mean over labels"])
+        self.noise = nn.Parameter(torch.tensor([0.3, -0.2]))
+
+    def forward(self, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        logits = self.out(F.gelu(self.inner(self.embed(ids))))
+        losses = torch.stack([entropies(logits, labels), logits.square().mean()])
+        return (losses * torch.exp(-self.noise) + self.noise).sum()
+
+
+@pytest.mark.parametrize("mesh", [{"pp": 2, "microbatches": 4}, {"dp": 3}, {"dp": 2, "tp": 2, "zero": 3}], ids=str)
+def test_losses_that_learned_numbers_weigh(mesh: dict[str, int]) -> None:
+    model, batch = Balanced(), ragged_batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        par = autopar.parallelize(model, batch, **mesh)
+    loss, expected = par.step(**batch), model(**batch)
+    expected.backward()
+    assert_equal_to(model, par, loss, expected)
+    par.close()
+
+
+ACROSS_ROWS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "a root of a mean": lambda logits, labels, mask: logits.square().mean().sqrt(),
+    "statistics over rows": lambda logits, labels, mask: entropies(logits, labels) + logits.softmax(-1).mean((0, 1)).square().sum(),
+    "rows beside each other": lambda logits, labels, mask: (logits.mean(1) @ logits.mean(1).T).logsumexp(-1).mean(),
+}
+
+
+@pytest.mark.parametrize("kind", ACROSS_ROWS)
+@pytest.mark.parametrize("mesh", [{"dp": 2}, {"dp": 2, "pp": 2, "microbatches": 2}, {"pp": 2, "microbatches": 2}], ids=str)
+def test_a_loss_that_compares_rows_is_said_not_to_be_the_batchs(kind: str, mesh: dict[str, int]) -> None:
+    says = "2 replicas" if "dp" in mesh else "2 microbatches"
+    with pytest.warns(UserWarning, match=f"{says}.* do not give the whole batch's loss: it compares rows"):
+        autopar.parallelize(Classifier(ACROSS_ROWS[kind]), ragged_batch(), **mesh)
 
 
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 2), (1, 4)])

@@ -206,18 +206,22 @@ class _Walk:
                 self.data.add(node)
         self.rows_known = any(_has_rows(node) for node in graph.nodes if node.op == "placeholder")
 
-    def visit(self, node: fx.Node) -> None:
-        """Find the terms of `node`, which has no rows."""
+    def visit(self, node: fx.Node, shared: bool = False) -> None:
+        """Find the terms of `node`, which has no rows. `shared`: it is part of one that all averages by rows."""
         self.linear.add(node)
         self.weighed.add(node)
         if node not in self.data:  # the same in every microbatch: the shares of rows add up to 1
-            self.terms.append(_Term(node, lambda graph, copies: _rows(graph)))
+            if not shared:
+                self.terms.append(_Term(node, lambda graph, copies: _rows(graph)))
             return None
         linear = self._linear_in(node)
         if linear:
+            together = not shared and len(linear) > 1 and self._averages_by_rows(node)
+            if together:
+                self.terms.append(_Term(node, lambda graph, copies: _rows(graph)))
             for each in linear:
                 if each not in self.linear:
-                    self.visit(each)
+                    self.visit(each, shared or together)
             return None
         if node.target in _SCALINGS and self._scaled_by_a_total(node):
             return None
@@ -225,8 +229,19 @@ class _Walk:
             return None
         self.ends.append(node)
         counted = node.target in _LABELLED and _argument(node, 1, "target", None) not in self.parametric
-        self.terms.append(_Term(node, self._weight(node), can_be_empty=counted))
+        weight = self._weight(node)
+        if not shared:
+            self.terms.append(_Term(node, weight, can_be_empty=counted))
         return None
+
+    def _averages_by_rows(self, node: fx.Node) -> bool:
+        """True if all terms of `node` weigh by rows and are of nothing else, so that one share will do."""
+        if node not in self.data:
+            return True
+        linear = self._linear_in(node)
+        if linear:
+            return all(len(each.users) == 1 and self._averages_by_rows(each) for each in linear)
+        return node.target not in _SCALINGS | _LABELLED and not self._sums(node)
 
     def _linear_in(self, node: fx.Node) -> list[fx.Node]:
         """The values without rows whose terms are those of `node`, each times what no input changes; [] if there are none such."""

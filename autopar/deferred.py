@@ -8,6 +8,7 @@ So the split is in the program, at the ops that it is about, and nothing walks a
 Each product is the one that autograd's own formula for the same op makes, on operands of the same layout, since a transposed operand
 may round otherwise: results equal `F.linear`'s, `torch.addmm`'s and `@`'s to the last bit (a test holds them to that). Likewise a parameter
 that several calls of one stage use gets the sum of their gradients first, the last call's first, and then that sum is added to `.grad`.
+Where they use the cast of it that a step is made with (`casts.py`), the first sum is in the low dtype, as autograd's is, the second is not.
 
 A parameter's gradient is deferred only if all its uses on the stage are of this kind: the emitter sees to that.
 """
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from autopar.casts import add_gradient
 
 if TYPE_CHECKING:
     from autopar.program import StageModule
@@ -49,7 +52,9 @@ class Product(NamedTuple):
 
 
 def _leaf_of(parameter: Any) -> Any:
-    """What gets the gradient of a parameter: itself, or the leaf that a gathered value stands for (`runtime/gathered.py`)."""
+    """What gets the gradient of a parameter: itself, or the one that a gathered value (`runtime/gathered.py`) or a cast (`casts.py`)
+    stands for.
+    """
     return getattr(parameter, "leaf", parameter)
 
 
@@ -130,7 +135,5 @@ def _add(parameter: torch.Tensor, gradient: torch.Tensor, is_last: bool, sums: d
         gradient = sums.pop(key).add_(gradient)
     if not is_last:
         sums[key] = gradient
-    elif parameter.grad is None:
-        parameter.grad = gradient
     else:
-        parameter.grad.add_(gradient)
+        add_gradient(parameter, gradient)

@@ -18,13 +18,14 @@ from torch import fx
 from autopar.printers import PRINTERS, RANDOM
 from passes.canonical_rewrite import is_random
 from passes.instructions import Instruction
-from passes.ir import is_state, origin, size_expr, tensor_type
+from passes.ir import DTYPE_NAMES, is_state, origin, size_expr, tensor_type
 from passes.localize import sharding
 from passes.loss import SHARE
 from passes.placement import Shard, type_text
 from passes.recompute import segment_inputs, segment_of, segment_results, segments_of
 from passes.serialize import target_name
 from passes.split_backward import deferrable, operands
+from passes.step_casts import held_casts, is_held, is_leaf
 
 if TYPE_CHECKING:
     from autopar.plan import Plan, StagePlan
@@ -65,6 +66,8 @@ class _Body:
                 return _size_text(arg, outer=not inside)
             if is_state(arg):
                 return f'p("{arg.target}")'
+            if is_held(arg) and is_leaf(arg):
+                return _held_text(arg)
             return arg.name
         if isinstance(arg, (list, tuple)):
             return "[" + ", ".join(self.argument(item, inside=True) for item in arg) + "]"
@@ -83,6 +86,9 @@ class _Body:
             name = "deferred_linear" if node.target is torch.ops.aten.linear.default else "deferred_matmul"
             self.functions.add(name)
             return f"{name}({', '.join(self.argument(each) for each in operands(node) if each is not None)}, stage=self)"
+        if is_held(node):
+            self.functions.add("as_cast")
+            return f"as_cast({self.argument(node.args[0])}, {_held_text(node)})"
         args = [self.argument(arg) for arg in node.args]
         kwargs = {
             key: self.argument(value)
@@ -112,7 +118,7 @@ class _Body:
         return f"{name}({', '.join([*args, *(f'{k}={v}' for k, v in kwargs.items())])})"
 
     def statement(self, node: fx.Node) -> None:
-        if size_expr(node) is not None or node.target is operator.getitem or is_state(node):
+        if size_expr(node) is not None or node.target is operator.getitem or is_state(node) or (is_held(node) and is_leaf(node)):
             return
         where = origin(node)
         if str(where) and (where.file, where.line, where.path) != self.last_origin:
@@ -165,6 +171,12 @@ class _Method:
         types = "; ".join(dict.fromkeys(_Body.type_of(node) for node in self.results))
         kept = ", ".join(node.name for node in self.inputs) or "nothing"
         return _with_comment(f"{', '.join(node.name for node in self.results)} = {call}", f"{types}; kept: {kept}")
+
+
+def _held_text(cast: fx.Node) -> str:
+    """A cast that is made once a step, as a program asks for it."""
+    source, dtype = cast.args
+    return f'p("{source.target}", "{DTYPE_NAMES[dtype]}")'  # type: ignore[union-attr, index]
 
 
 def _num_results(node: fx.Node) -> int:
@@ -241,6 +253,7 @@ def emit_stage(stage: StagePlan, plan: Plan) -> tuple[str, set[str]]:
     lines = [f"class Stage{stage.index}(StageModule):"]
     declarations = [
         _dict_lines("PARAMS", _quoted(stage.parameters)),
+        _dict_lines("CASTS", _quoted(held_casts(graph))),
         _dict_lines("BUFFERS", _quoted(stage.buffers)),
         _dict_lines("INPUTS", _quoted(stage.inputs)),
         _dict_lines("RECEIVES", {

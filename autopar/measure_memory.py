@@ -155,6 +155,7 @@ def fake_stage(stage: StagePlan, plan: Plan, sizes: Mapping[str, int], kind: typ
                     trained[str(node.target)] = tensor.requires_grad_()
         axes = {name: _axis(name, size, plan.hardware == "cpu") for name, size in plan.mesh.items()}
         module = kind(tensors, axes, dict.fromkeys(plan.mesh, 0))
+        casts = module.hold_casts()
         arguments = [_empty(value.type, sizes, plan) for value in stage.receives.values()]
         keywords: dict[str, Any] = {}
         for name, parameter in inspect.signature(module.forward).parameters.items():
@@ -164,7 +165,7 @@ def fake_stage(stage: StagePlan, plan: Plan, sizes: Mapping[str, int], kind: typ
                 else:
                     keywords[name] = _empty(plan.inputs[name], sizes, plan) if name in plan.inputs else sizes[name]
     given = [value for value in keywords.values() if isinstance(value, torch.Tensor)]
-    return FakeStage(mode, module, trained, arguments, keywords, [*tensors.values(), *arguments, *given])
+    return FakeStage(mode, module, trained, arguments, keywords, [*tensors.values(), *casts, *arguments, *given])
 
 
 def _empty(text: str, sizes: Mapping[str, int], plan: Plan) -> torch.Tensor:

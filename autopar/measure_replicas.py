@@ -44,7 +44,8 @@ class ReplicasOfStage:
                 axis, {stage.index: [name for name in stage.parameters if name in fake.parameters and name not in late]},
                 sorted(late.intersection(fake.parameters)), HeldGradients(fake.parameters, self.shards),
             )  # fmt: skip
-        self.known = list(self.shards.of.values()) if self.shards is not None else []
+            casts = fake.stage.hold_casts(self.sums.ready)
+        self.known = [*casts, *(self.shards.of.values() if self.shards is not None else ())]
 
     @property
     def runs(self) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from autopar.cast_plan import cast_bytes, with_held_casts
 from autopar.measure_memory import NEEDS_VALUES, measure, saves
 from autopar.program import StageModule
 from autopar.runtime.transfers import MOST_SENDS
@@ -181,18 +182,25 @@ def rank_memory(plan: Plan, rank: int, measured: Measured) -> PeakMemory:
             StageUse(
                 stage.index, parameters, optimizer, [each for each, _, _ in listed], [each for _, each, _ in listed],
                 [each for _, _, each in listed], _sum_bytes(stage, plan, gradients), _tied_inside(stage, plan),
+                cast_bytes(stage),
             )
         )  # fmt: skip
     return walk(plan.instructions[rank], uses, plan.stage_ranks, sends_held=MOST_SENDS)
 
 
 def with_memory(plan: Plan, pricing: Pricing, recompute: Recompute = "none") -> Plan:
-    """The plan with what is computed again, and with the memory of every rank.
+    """The plan with what is computed again and what is cast once a step, and with the memory of every rank.
 
     `recompute`: "none", "selective", "full", or the most bytes a rank may hold. DoesNotFit if no choice keeps within them.
     """
+    held = plan if recompute == "full" else with_held_casts(plan, pricing)
     try:
-        return _with_memory(plan, pricing, recompute)
+        try:
+            return _with_memory(held, pricing, recompute)
+        except DoesNotFit:
+            if held is plan:
+                raise
+            return _with_memory(plan, pricing, recompute)
     except NEEDS_VALUES as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if recompute != "none":
@@ -201,7 +209,7 @@ def with_memory(plan: Plan, pricing: Pricing, recompute: Recompute = "none") -> 
                 use='recompute="none"',
             ) from error  # fmt: skip
         return replace(
-            plan, notes=(*plan.notes, f"memory is from formulas: a stage cannot be run without values: {reason}")
+            held, notes=(*held.notes, f"memory is from formulas: a stage cannot be run without values: {reason}")
         )
 
 

@@ -30,6 +30,7 @@ from passes.order import order, prove
 from passes.placement import Placement, Shard, can_be_padded, divides, notation, parse_notation
 from passes.schedules import FORWARD_ONLY
 from passes.serialize import graph_from_json, graph_to_json
+from passes.step_casts import cast_parameter, is_held
 from passes.timeline import Span, Timeline, simulate
 
 FORMAT = 2
@@ -271,6 +272,9 @@ class Plan:
                     size, count = shape[placement.dim], self.mesh[axis]
                     if not divides(size, placement.segments, count) and not can_be_padded(size, placement, count):
                         raise BadPlan(f"{name} is placed as {text!r}, which {axis} = {count} does not divide")
+            for node in stage.graph_module.graph.nodes:
+                if is_held(node) and cast_parameter(node) is None:
+                    raise BadPlan(f"stage {stage.index} is to make {node.name} once a step, which is no cast of a parameter")
             received = {n.name: n.meta["received"] for n in stage.graph_module.graph.nodes if "received" in n.meta}
             if received != {name: value.source for name, value in stage.receives.items()}:
                 raise BadPlan(

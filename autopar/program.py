@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from autopar.casts import as_cast, cast_leaf
 from autopar.deferred import Product, deferred_linear, deferred_matmul
 from autopar.random_ops import attention_with_dropout, draw, dropout
 from autopar.recompute import recompute
@@ -44,11 +45,12 @@ from passes.instructions import (
     SendGradient,
     SumGradients,
 )
+from passes.ir import DTYPES
 from passes.local_ops import pad_shard, sharded_batch_norm, sharded_cross_entropy, sharded_embedding
 from passes.reshard import all_gather, all_reduce, all_to_all, copy_to, own_gradient, reduce_scatter, take_shard
 
 FUNCTIONS = (
-    all_gather, all_reduce, all_to_all, attention_with_dropout, copy_to, deferred_linear, deferred_matmul, draw, dropout,
+    all_gather, all_reduce, all_to_all, as_cast, attention_with_dropout, copy_to, deferred_linear, deferred_matmul, draw, dropout,
     own_gradient, pad_shard, recompute, reduce_scatter, sharded_batch_norm, sharded_cross_entropy, sharded_embedding, take_shard,
 )  # fmt: skip
 FUNCTION_NAMES = frozenset(function.__name__ for function in FUNCTIONS)
@@ -71,6 +73,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "as_cast",
     "attention_with_dropout",
     "copy_to",
     "deferred_linear",
@@ -109,12 +112,13 @@ class Send:
 
 class StageModule:
     """The base of emitted stages. Not an nn.Module: a stage has no submodules or hooks, and p(name) is one dictionary
-    look-up.
+    look-up: of a parameter or buffer, and p(name, dtype) of the cast of a parameter that CASTS says is made once a step.
 
     Each mesh axis is an attribute (`self.tp`) that holds the runtime's Axis.
     """
 
     PARAMS: ClassVar[Mapping[str, str]] = {}
+    CASTS: ClassVar[Mapping[str, str]] = {}  # the parameters that are cast once a step, and to what
     BUFFERS: ClassVar[Mapping[str, str]] = {}
     INPUTS: ClassVar[Mapping[str, str]] = {}
     RECEIVES: ClassVar[Mapping[str, Receive]] = {}
@@ -143,7 +147,8 @@ class StageModule:
         if missing:
             raise BadPlan(f"{type(self).__name__} needs {', '.join(missing)}, which was not given.")
         self._tensors = dict(tensors)
-        self.p: Callable[[str], torch.Tensor] = self._tensors.__getitem__
+        self.p: Callable[..., torch.Tensor] = self._state
+        self._casts: dict[str, torch.Tensor] = {}
         self.device = torch.device(device)
         self.training = True
         self.deferred: list[Product] | None = None  # a list while weight gradients are put off
@@ -151,6 +156,18 @@ class StageModule:
             setattr(self, name, axis)
         self._coords = dict(coords)
         self.seed(seed)
+
+    def _state(self, name: str, dtype: str | None = None) -> torch.Tensor:
+        return self._tensors[name] if dtype is None else self._casts[name]
+
+    def hold_casts(self, added: Callable[[torch.Tensor], None] | None = None) -> list[torch.Tensor]:
+        """Cast the parameters as they are now. `added` is told of each whenever it has got a gradient through its cast."""
+        self._casts = {name: cast_leaf(self._tensors[name], DTYPES[dtype], added) for name, dtype in self.CASTS.items()}
+        return list(self._casts.values())
+
+    def drop_casts(self) -> None:
+        """Let go of the casts: parameters may change."""
+        self._casts = {}
 
     def seed(self, seed: int) -> None:
         """Start the random generators anew."""

@@ -24,7 +24,7 @@ class PeakMemory:
 
     `parameter_bytes`: parameters, and the model's buffers and constants. `gradient_bytes`: those that exist at that moment.
     `activation_bytes`: what autograd keeps for the microbatches in flight, and the temporaries of what runs. `buffer_bytes`: received
-    values and gradients, what is being sent, and gathered parameters that are held.
+    values and gradients, what is being sent, and copies of parameters that are held: gathered ones, casts that are made once a step.
     """
 
     parameter_bytes: int = 0

@@ -39,7 +39,8 @@ class StageUse:
     """One stage of a rank, in bytes. `received[m]` and `gradients[m]`: by the stage they come from, what microbatch m receives.
 
     `sum_bytes`: the most that the sums at the end of the step take besides the gradients. `tied_inside`: how many of this rank's stages
-    hold the tied parameters whose gradients are kept apart, where no other rank does (0: others do, or none are tied).
+    hold the tied parameters whose gradients are kept apart, where no other rank does (0: others do, or none are tied). `cast_bytes`: of
+    the parameters' casts that are held from the first microbatch to the last.
     """
 
     stage: int
@@ -50,6 +51,7 @@ class StageUse:
     gradients: Sequence[Mapping[int, int]] = ()
     sum_bytes: int = 0
     tied_inside: int = 0
+    cast_bytes: int = 0
 
 
 @dataclass
@@ -118,6 +120,7 @@ class _Rank:
         self.own = stage_ranks[stages[0].stage] if stages else 0
         self.parameters = sum(use.parameter_bytes for use in stages)
         self.optimizer = sum(use.optimizer_bytes for use in stages)
+        self.casts = sum(use.cast_bytes for use in stages)
         self.activations = self.gradients = 0
         self.made: set[tuple[int, str]] = (
             set()
@@ -137,7 +140,7 @@ class _Rank:
     def look(self, more: int, *, gradients: int = 0) -> None:
         """Compare with the peak: now there are `more` bytes of temporaries besides, `gradients` of them gradients of parameters."""
         sent = sum(self.sent_bytes[key] for key in set(self.sent))
-        buffers = self.ring_bytes + sent + sum(self.waiting.values()) + sum(self.handed.values())
+        buffers = self.ring_bytes + self.casts + sent + sum(self.waiting.values()) + sum(self.handed.values())
         now = PeakMemory(
             self.parameters,
             self.gradients + gradients,
@@ -186,6 +189,7 @@ class _Rank:
     def step(self, instruction: Instruction) -> None:
         if isinstance(instruction, SumGradients):
             self.sent.clear()
+            self.casts = 0
             self.look(sum(use.sum_bytes for use in self.stages))
             for reducing in self.reduced:
                 self.look(reducing.finish_peak_bytes, gradients=reducing.finish_peak_bytes)

@@ -23,8 +23,8 @@ between them is a unit that "full" leaves alone. In a model without layers, the 
 crosses.
 
 What stays out. Calls that do not depend on parameters, received values or random numbers (masks, positions) are computed once, before a
-run that needs them. Calls that update a buffer, or read one that is updated, are in no run: they would do it twice. Random calls may be
-in a run: the numbers are replayed.
+run that needs them; casts of parameters that are made once a step are there (`passes.step_casts`). Calls that update a buffer, or read one
+that is updated, are in no run: they would do it twice. Random calls may be in a run: the numbers are replayed.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from passes.costs import Pricing
 from passes.ir import calls, is_state, origin, size_expr, tensor_type
 from passes.line import node_cost
 from passes.reshard import RESHARDS, collective_seconds
+from passes.step_casts import is_held, is_leaf
 
 SELECTIVE_PASSES = (
     12.0  # a byte kept is worth this many times the seconds that the device's memory takes to move a byte
@@ -80,7 +81,7 @@ def segment_inputs(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Nod
                 if source.op == "placeholder":
                     sizes[source] = None
                 stack.extend(reversed(source.all_input_nodes))
-            elif source not in inside and not is_state(source):
+            elif source not in inside and not is_state(source) and not (is_held(source) and is_leaf(source)):
                 values[source] = None
     return list(values), list(sizes)
 
@@ -164,7 +165,7 @@ def line_of(graph: fx.Graph, saves: Saves, pricing: Pricing, axis_sizes: Mapping
         ):
             on_line.add(node)
     for node in calls(graph):
-        if node not in on_line or size_expr(node) is not None or node.target is operator.getitem:
+        if node not in on_line or size_expr(node) is not None or node.target is operator.getitem or is_held(node):
             continue
         pieces = (
             [user for user in node.users if user.op == "call_function" and user.target is operator.getitem]

@@ -102,7 +102,7 @@ def _arg_from_json(arg: Any, nodes: Mapping[str, fx.Node]) -> Any:
     return readers[kind](value)
 
 
-_FLAGS = ("trainable", "loss", "kind", "loss_share", "received", "persistent", "mutates", "segment")
+_FLAGS = ("trainable", "loss", "kind", "loss_share", "received", "persistent", "mutates", "segment", "held")
 
 
 def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:

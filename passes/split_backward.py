@@ -3,7 +3,8 @@
 A weight gradient is put off at the op that makes it, so it must be the whole of the parameter's gradient on the stage, or
 one of several that are all put off: autograd adds up what comes from all uses before it touches `.grad`, and a part that
 came early would be added in another order. A linear whose weight is also an embedding on the same stage therefore stays as
-it is; on two stages it need not.
+it is; on two stages it need not. A weight that is cast once a step (`passes.step_casts`) is as good as a parameter; behind a cast
+that each microbatch makes, a gradient cannot wait.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from passes.ir import is_state, is_trainable
+from passes.ir import is_trainable
+from passes.step_casts import is_held, is_leaf, leaf_parameter
 
 aten = torch.ops.aten
 
@@ -26,16 +28,12 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     return node.args[x], node.args[weight], given  # type: ignore[return-value]
 
 
-def _parameter(node: object) -> bool:
-    return isinstance(node, fx.Node) and is_state(node) and node.meta.get("kind") == "parameter"
-
-
 def _possible(node: fx.Node) -> bool:
-    """A plain matmul with a parameter that is trained."""
+    """A plain matmul with a parameter that is trained, or the cast of one."""
     if node.target not in PLACES or set(node.kwargs) - {"bias"}:
         return False
     _, weight, bias = operands(node)
-    if not _parameter(weight) or not (bias is None or _parameter(bias)):
+    if not is_leaf(weight) or not (bias is None or is_leaf(bias)):
         return False
     return is_trainable(weight) or (bias is not None and is_trainable(bias))
 
@@ -43,10 +41,11 @@ def _possible(node: fx.Node) -> bool:
 def deferrable(graph: fx.Graph) -> frozenset[fx.Node]:
     """The matmuls whose weight and bias gradients can wait."""
     found = {node for node in graph.nodes if _possible(node)}
-    uses: dict[str, list[tuple[fx.Node, fx.Node]]] = {}  # parameter -> (its node, a user)
+    uses: dict[str, list[tuple[fx.Node, fx.Node]]] = {}  # parameter -> (what stands for it, a user of that)
     for node in graph.nodes:
-        if _parameter(node):
-            uses.setdefault(str(node.target), []).extend((node, user) for user in node.users)
+        if is_leaf(node):
+            users = [(node, user) for user in node.users if not (is_held(user) and is_leaf(user))]
+            uses.setdefault(str(leaf_parameter(node).target), []).extend(users)
     while True:
         mixed = {
             name
@@ -56,7 +55,7 @@ def deferrable(graph: fx.Graph) -> frozenset[fx.Node]:
         kept = {
             node
             for node in found
-            if not any(str(state.target) in mixed for state in operands(node)[1:] if state is not None)
+            if not any(str(leaf_parameter(leaf).target) in mixed for leaf in operands(node)[1:] if leaf is not None)
         }
         if kept == found:
             return frozenset(found)

@@ -159,6 +159,7 @@ class Chunk:
         self._flights = [None] * self.num_microbatches
         self.step_losses, self.collected = [], []
         self._first_backward = True
+        self.stage.hold_casts(self._sums.added)
         with torch.no_grad():
             for name, buffer in self._own_buffers.items():
                 buffer.copy_(self._shared_buffers[name])
@@ -168,6 +169,7 @@ class Chunk:
         self._flights, self._keywords, self.rings = [], [], None
         self.step_losses, self.collected = [], []
         self.stage.deferred = None
+        self.stage.drop_casts()
         if self._gathered is not None:
             self._gathered.clear()
 

@@ -1,0 +1,65 @@
+"""Parameters in another dtype, cast once a step: what `p("h.0.up.weight", "bf16")` of a program is.
+
+Design note. The copy is a leaf of every microbatch's graph. When autograd has given it a microbatch's gradient, that is cast to the
+parameter's dtype and added to the parameter's `.grad`: the number that a cast inside the graph gives, added to the same sums. So sums
+are never in the low dtype, whatever the number of microbatches. A leaf's gradient is taken as soon as it is complete, before backward
+goes on, so sums over replicas start as early as for any parameter.
+
+A parameter that a stage uses in its own dtype as well must get the sum of both gradients at once, or bits would differ. There
+`as_cast(p(name), p(name, "bf16"))` has the copy's value and the parameter's place in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def add_gradient(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Add to `.grad` as autograd does, in the parameter's dtype whatever that of the gradient."""
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    elif torch.promote_types(gradient.dtype, parameter.dtype) == parameter.dtype:
+        parameter.grad.add_(gradient)
+    else:
+        parameter.grad.add_(gradient.to(parameter.dtype))
+
+
+def cast_leaf(
+    parameter: torch.Tensor, dtype: torch.dtype, added: Callable[[torch.Tensor], None] | None = None
+) -> torch.Tensor:
+    """The parameter's values in `dtype`; a gradient of this is one of the parameter. `added` is told of the parameter when it has it."""
+    copy = parameter.detach().to(dtype)
+    if not parameter.requires_grad:
+        return copy
+    copy.requires_grad_()
+    copy.leaf = parameter  # type: ignore[attr-defined]
+
+    def hand_on(copy: torch.Tensor) -> None:
+        gradient, copy.grad = copy.grad, None
+        if gradient is not None:
+            add_gradient(parameter, gradient)
+            if added is not None:
+                added(parameter)
+
+    copy.register_post_accumulate_grad_hook(hand_on)
+    return copy
+
+
+class _AsCast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = parameter.dtype
+        return copy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0].to(ctx.dtype), None
+
+
+def as_cast(parameter: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+    """`parameter.to(copy.dtype)` without the work: `copy` is that already."""
+    return _AsCast.apply(parameter, copy.detach())

@@ -3,7 +3,7 @@
 Design note. The copy is a leaf of every microbatch's graph. When autograd has given it a microbatch's gradient, that is cast to the
 parameter's dtype and added to the parameter's `.grad`: the number that a cast inside the graph gives, added to the same sums. So sums
 are never in the low dtype, whatever the number of microbatches. A leaf's gradient is taken as soon as it is complete, before backward
-goes on, so sums over replicas start as early as for any parameter.
+goes on, so sums over replicas start as early as for any parameter; in the last backward of a step the copy's memory goes with it.
 
 A parameter that a stage uses in its own dtype as well must get the sum of both gradients at once, or bits would differ. There
 `as_cast(p(name), p(name, "bf16"))` has the copy's value and the parameter's place in the graph.
@@ -11,7 +11,7 @@ A parameter that a stage uses in its own dtype as well must get the sum of both 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,25 +28,44 @@ def add_gradient(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         parameter.grad.add_(gradient.to(parameter.dtype))
 
 
-def cast_leaf(
-    parameter: torch.Tensor, dtype: torch.dtype, added: Callable[[torch.Tensor], None] | None = None
-) -> torch.Tensor:
-    """The parameter's values in `dtype`; a gradient of this is one of the parameter. `added` is told of the parameter when it has it."""
-    copy = parameter.detach().to(dtype)
-    if not parameter.requires_grad:
+class HeldCasts:
+    """The casts of a stage's parameters, for one step. `of`: by the parameter's name, made of what that is now.
+
+    `added` is told of each parameter that has got a gradient through its cast. `ending`: the backward that runs is the last of the
+    step, and a cast that has got its gradient is let go of.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype],
+        added: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.ending = False
+        self._added = added
+        self.of = {name: self._copy(parameters[name], dtype) for name, dtype in dtypes.items()}
+
+    def clear(self) -> None:
+        """Let go of them: each refers to this, which only now no longer refers to it."""
+        self.of.clear()
+
+    def _copy(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        copy = parameter.detach().to(dtype)
+        if parameter.requires_grad:
+            copy.requires_grad_()
+            copy.leaf = parameter  # type: ignore[attr-defined]
+            copy.register_post_accumulate_grad_hook(self._hand_on)
         return copy
-    copy.requires_grad_()
-    copy.leaf = parameter  # type: ignore[attr-defined]
 
-    def hand_on(copy: torch.Tensor) -> None:
+    def _hand_on(self, copy: torch.Tensor) -> None:
         gradient, copy.grad = copy.grad, None
-        if gradient is not None:
-            add_gradient(parameter, gradient)
-            if added is not None:
-                added(parameter)
-
-    copy.register_post_accumulate_grad_hook(hand_on)
-    return copy
+        if gradient is None:
+            return
+        parameter: torch.Tensor = copy.leaf  # type: ignore[attr-defined]
+        if self.ending:
+            copy.data = copy.new_empty(0)
+        add_gradient(parameter, gradient)
+        del gradient
+        if self._added is not None:
+            self._added(parameter)
 
 
 class _AsCast(torch.autograd.Function):

@@ -84,6 +84,7 @@ class _Matmul(torch.autograd.Function):
             of_x = (other.t().mm(rows.t()).t() if by_column else rows.mm(other)).view(x.shape)
         if not (wants_weight or wants_bias):
             return of_x, None, None, None, None
+        x = x.detach()  # without the graph, which holds what the stage's casts are added to
         product = Product(ctx.weight if wants_weight else None, ctx.bias if wants_bias else None, x, gradient, linear)
         if ctx.stage.deferred is None:
             return (

@@ -155,7 +155,6 @@ def fake_stage(stage: StagePlan, plan: Plan, sizes: Mapping[str, int], kind: typ
                     trained[str(node.target)] = tensor.requires_grad_()
         axes = {name: _axis(name, size, plan.hardware == "cpu") for name, size in plan.mesh.items()}
         module = kind(tensors, axes, dict.fromkeys(plan.mesh, 0))
-        casts = module.hold_casts()
         arguments = [_empty(value.type, sizes, plan) for value in stage.receives.values()]
         keywords: dict[str, Any] = {}
         for name, parameter in inspect.signature(module.forward).parameters.items():
@@ -165,7 +164,7 @@ def fake_stage(stage: StagePlan, plan: Plan, sizes: Mapping[str, int], kind: typ
                 else:
                     keywords[name] = _empty(plan.inputs[name], sizes, plan) if name in plan.inputs else sizes[name]
     given = [value for value in keywords.values() if isinstance(value, torch.Tensor)]
-    return FakeStage(mode, module, trained, arguments, keywords, [*tensors.values(), *casts, *arguments, *given])
+    return FakeStage(mode, module, trained, arguments, keywords, [*tensors.values(), *arguments, *given])
 
 
 def _empty(text: str, sizes: Mapping[str, int], plan: Plan) -> torch.Tensor:
@@ -185,6 +184,7 @@ def measure(stage: StagePlan, plan: Plan, sizes: Mapping[str, int]) -> Microbatc
     phases: dict[str, Phase] = {}
     reducing = None
     with fake.mode, StorageCount([*fake.known, *run.known, *(replicas.known if replicas is not None else ())]) as count:
+        fake.stage.hold_casts(replicas.sums.ready if replicas is not None else None)
         for splits in (True, False) if plan.splits_backward else (False,):
             for _ in range(1 if replicas is None else replicas.runs):
                 for parameter in fake.parameters.values():
@@ -441,7 +441,7 @@ def saves(stage: StagePlan, plan: Plan, sizes: Mapping[str, int]) -> Saves:
         arguments = [
             value.detach().requires_grad_(wanted) for value, wanted in zip(fake.arguments, takes_gradient, strict=True)
         ]
-        watches.append(_Watch([*fake.known, *arguments]))
+        watches.append(_Watch([*fake.known, *fake.stage.hold_casts().of.values(), *arguments]))
         with watches[0], saved_tensors_hooks(watches[0].pack, lambda tensor: tensor):
             outputs = fake.stage.forward(*arguments, **fake.keywords)
     del outputs

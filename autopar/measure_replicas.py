@@ -7,6 +7,7 @@ gathered ahead is known from the step before: a step is run twice.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 from autopar.runtime.gathered import GatheredParameters
@@ -44,8 +45,7 @@ class ReplicasOfStage:
                 axis, {stage.index: [name for name in stage.parameters if name in fake.parameters and name not in late]},
                 sorted(late.intersection(fake.parameters)), HeldGradients(fake.parameters, self.shards),
             )  # fmt: skip
-            casts = fake.stage.hold_casts(self.sums.ready)
-        self.known = [*casts, *(self.shards.of.values() if self.shards is not None else ())]
+        self.known = list(self.shards.of.values()) if self.shards is not None else []
 
     @property
     def runs(self) -> int:
@@ -68,16 +68,20 @@ class ReplicasOfStage:
         if run.plan.microbatches > 1:
             run.microbatch(count, False)
         before: list[int] = []
+        casts = weakref.proxy(run.fake.stage.casts)
+        cast_bytes = count.bytes_of(casts.of.values())
 
         def begins() -> None:
             before.append(run.begin(count))
             self.sums.watch(())
+            casts.ending = True
 
         run.microbatch(count, False, begins)
         self.sums.unwatch()
         self.sums.complete(stage.index)
+        run.fake.stage.drop_casts()
         peak = count.bytes_peak - before[0] - gathered_bytes
-        change = count.bytes_now - run.gathered_bytes() - before[0] - change_bytes
+        change = count.bytes_now + cast_bytes - run.gathered_bytes() - before[0] - change_bytes
         start = count.restart()
         self.sums.finish()
         return Reducing(peak, change, count.bytes_peak - start, count.bytes_now - start)

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from autopar.casts import as_cast, cast_leaf
+from autopar.casts import HeldCasts, as_cast
 from autopar.deferred import Product, deferred_linear, deferred_matmul
 from autopar.random_ops import attention_with_dropout, draw, dropout
 from autopar.recompute import recompute
@@ -148,7 +148,8 @@ class StageModule:
             raise BadPlan(f"{type(self).__name__} needs {', '.join(missing)}, which was not given.")
         self._tensors = dict(tensors)
         self.p: Callable[..., torch.Tensor] = self._state
-        self._casts: dict[str, torch.Tensor] = {}
+        self.casts: HeldCasts | None = None  # while microbatches run
+        self._cast_of: Mapping[str, torch.Tensor] = {}
         self.device = torch.device(device)
         self.training = True
         self.deferred: list[Product] | None = None  # a list while weight gradients are put off
@@ -158,16 +159,20 @@ class StageModule:
         self.seed(seed)
 
     def _state(self, name: str, dtype: str | None = None) -> torch.Tensor:
-        return self._tensors[name] if dtype is None else self._casts[name]
+        return self._tensors[name] if dtype is None else self._cast_of[name]
 
-    def hold_casts(self, added: Callable[[torch.Tensor], None] | None = None) -> list[torch.Tensor]:
-        """Cast the parameters as they are now. `added` is told of each whenever it has got a gradient through its cast."""
-        self._casts = {name: cast_leaf(self._tensors[name], DTYPES[dtype], added) for name, dtype in self.CASTS.items()}
-        return list(self._casts.values())
+    def hold_casts(self, added: Callable[[torch.Tensor], None] | None = None) -> HeldCasts:
+        """Cast the parameters as they are now, until `drop_casts`. `added`: see HeldCasts."""
+        dtypes = {name: DTYPES[dtype] for name, dtype in self.CASTS.items()}
+        self.casts = HeldCasts(self._tensors, dtypes, added)
+        self._cast_of = self.casts.of
+        return self.casts
 
     def drop_casts(self) -> None:
         """Let go of the casts: parameters may change."""
-        self._casts = {}
+        if self.casts is not None:
+            self.casts.clear()
+        self.casts, self._cast_of = None, {}
 
     def seed(self, seed: int) -> None:
         """Start the random generators anew."""

@@ -40,7 +40,7 @@ class StageUse:
 
     `sum_bytes`: the most that the sums at the end of the step take besides the gradients. `tied_inside`: how many of this rank's stages
     hold the tied parameters whose gradients are kept apart, where no other rank does (0: others do, or none are tied). `cast_bytes`: of
-    the parameters' casts that are held from the first microbatch to the last.
+    the parameters' casts that are held until the last microbatch's backward is over.
     """
 
     stage: int
@@ -121,6 +121,7 @@ class _Rank:
         self.parameters = sum(use.parameter_bytes for use in stages)
         self.optimizer = sum(use.optimizer_bytes for use in stages)
         self.casts = sum(use.cast_bytes for use in stages)
+        self.backwards = [0] * len(stages)  # that are over
         self.activations = self.gradients = 0
         self.made: set[tuple[int, str]] = (
             set()
@@ -189,7 +190,6 @@ class _Rank:
     def step(self, instruction: Instruction) -> None:
         if isinstance(instruction, SumGradients):
             self.sent.clear()
-            self.casts = 0
             self.look(sum(use.sum_bytes for use in self.stages))
             for reducing in self.reduced:
                 self.look(reducing.finish_peak_bytes, gradients=reducing.finish_peak_bytes)
@@ -217,6 +217,9 @@ class _Rank:
             else:
                 phase = taken.input
                 self.run(phase, chunk, "input")
+            self.backwards[chunk] += 1
+            if self.backwards[chunk] == len(use.microbatches):
+                self.casts -= use.cast_bytes
             self.keep_apart(use, microbatch, phase)
             for held in (self.waiting, self.sent_bytes):
                 if (chunk, microbatch, False) in held:

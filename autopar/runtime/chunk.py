@@ -100,7 +100,7 @@ class Chunk:
         )  # fmt: skip
         self.rings: Rings | None = None
         self._trained = [tensors[name] for name in cls.PARAMS if tensors[name].requires_grad]
-        self._first_backward = True
+        self._first_backward, self._backwards_left = True, 0
         self.loss_scale = 1.0  # what the loss's gradient starts from
         # Filled by `connect`: values for other stages of this rank (place in SENDS, stage, place in its RECEIVES), and
         # gradients for them (place in RECEIVES, stage, slot there).
@@ -158,7 +158,7 @@ class Chunk:
         self._keywords = self._arguments.of(batch, layout, replicas)
         self._flights = [None] * self.num_microbatches
         self.step_losses, self.collected = [], []
-        self._first_backward = True
+        self._first_backward, self._backwards_left = True, self.num_microbatches
         self.stage.hold_casts(self._sums.added)
         with torch.no_grad():
             for name, buffer in self._own_buffers.items():
@@ -276,8 +276,13 @@ class Chunk:
                 edges.append(edge)
                 gradients.append(total)
         flight.roots, flight.losses = [], []
+        self._backwards_left -= 1
+        if self._backwards_left == 0 and self.stage.casts is not None:
+            self.stage.casts.ending = True
         if edges:
             torch.autograd.backward(edges, gradients)
+        if self._backwards_left == 0:
+            self.stage.drop_casts()
         if self._first_backward:
             del edges, gradients
             self._first_backward = False

@@ -305,8 +305,6 @@ class Worker:
 
     def _sum_gradients(self, _: None) -> None:
         self._transfers.finish_sends()
-        for chunk in self._chunks:
-            chunk.stage.drop_casts()
         self._sums.finish()
         if self._updated:
             with torch.no_grad():

@@ -29,7 +29,7 @@ def add_gradient(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
 
 
 class HeldCasts:
-    """The casts of a stage's parameters, for one step. `of`: by the parameter's name, made of what that is now.
+    """The casts of a stage's `parameters`, for one step. `of`: by the parameter's name, those that have been made.
 
     `added` is told of each parameter that has got a gradient through its cast. `ending`: the backward that runs is the last of the
     step, and a cast that has got its gradient is let go of.
@@ -40,27 +40,36 @@ class HeldCasts:
         added: Callable[[torch.Tensor], None] | None = None,
     ) -> None:  # fmt: skip
         self.ending = False
-        self._added = added
-        self.of = {name: self._copy(parameters[name], dtype) for name, dtype in dtypes.items()}
+        self.of: dict[str, torch.Tensor] = {}
+        self._parameters, self._dtypes, self._added = parameters, dtypes, added
+
+    def make(self, name: str) -> torch.Tensor:
+        """Cast a parameter as it is now."""
+        parameter = self._parameters[name]
+        made = self.of[name] = parameter.detach().to(self._dtypes[name])
+        if parameter.requires_grad:
+            made.requires_grad_()
+            made.leaf = parameter  # type: ignore[attr-defined]
+            made.register_post_accumulate_grad_hook(lambda copy: self._hand_on(name, copy))
+        return made
+
+    def make_all(self) -> HeldCasts:
+        """Cast all of them."""
+        for name in self._dtypes:
+            self.make(name)
+        return self
 
     def clear(self) -> None:
         """Let go of them: each refers to this, which only now no longer refers to it."""
         self.of.clear()
 
-    def _copy(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        copy = parameter.detach().to(dtype)
-        if parameter.requires_grad:
-            copy.requires_grad_()
-            copy.leaf = parameter  # type: ignore[attr-defined]
-            copy.register_post_accumulate_grad_hook(self._hand_on)
-        return copy
-
-    def _hand_on(self, copy: torch.Tensor) -> None:
+    def _hand_on(self, name: str, copy: torch.Tensor) -> None:
         gradient, copy.grad = copy.grad, None
         if gradient is None:
             return
         parameter: torch.Tensor = copy.leaf  # type: ignore[attr-defined]
         if self.ending:
+            self.of.pop(name, None)
             copy.data = copy.new_empty(0)
         add_gradient(parameter, gradient)
         del gradient

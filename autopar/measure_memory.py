@@ -184,7 +184,7 @@ def measure(stage: StagePlan, plan: Plan, sizes: Mapping[str, int]) -> Microbatc
     phases: dict[str, Phase] = {}
     reducing = None
     with fake.mode, StorageCount([*fake.known, *run.known, *(replicas.known if replicas is not None else ())]) as count:
-        fake.stage.hold_casts(replicas.sums.ready if replicas is not None else None)
+        fake.stage.hold_casts(replicas.sums.ready if replicas is not None else None).make_all()
         for splits in (True, False) if plan.splits_backward else (False,):
             for _ in range(1 if replicas is None else replicas.runs):
                 for parameter in fake.parameters.values():
@@ -441,7 +441,7 @@ def saves(stage: StagePlan, plan: Plan, sizes: Mapping[str, int]) -> Saves:
         arguments = [
             value.detach().requires_grad_(wanted) for value, wanted in zip(fake.arguments, takes_gradient, strict=True)
         ]
-        watches.append(_Watch([*fake.known, *fake.stage.hold_casts().of.values(), *arguments]))
+        watches.append(_Watch([*fake.known, *fake.stage.hold_casts().make_all().of.values(), *arguments]))
         with watches[0], saved_tensors_hooks(watches[0].pack, lambda tensor: tensor):
             outputs = fake.stage.forward(*arguments, **fake.keywords)
     del outputs

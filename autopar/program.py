@@ -159,10 +159,13 @@ class StageModule:
         self.seed(seed)
 
     def _state(self, name: str, dtype: str | None = None) -> torch.Tensor:
-        return self._tensors[name] if dtype is None else self._cast_of[name]
+        if dtype is None:
+            return self._tensors[name]
+        found = self._cast_of.get(name)
+        return self.casts.make(name) if found is None else found  # type: ignore[union-attr]
 
     def hold_casts(self, added: Callable[[torch.Tensor], None] | None = None) -> HeldCasts:
-        """Cast the parameters as they are now, until `drop_casts`. `added`: see HeldCasts."""
+        """From now on until `drop_casts`, cast each parameter when it is first asked for. `added`: see HeldCasts."""
         dtypes = {name: DTYPES[dtype] for name, dtype in self.CASTS.items()}
         self.casts = HeldCasts(self._tensors, dtypes, added)
         self._cast_of = self.casts.of

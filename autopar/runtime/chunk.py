@@ -65,7 +65,7 @@ class Chunk:
         sums: GradientSums, batch_types: BatchTypes, *, seed: int, depth: int,
         shards: ParameterShards | None = None, compiled: bool = False,
     ) -> None:  # fmt: skip
-        self.number, self.world = number, world
+        self.number, self.world, self._compiled = number, world, compiled
         axes = {name: world.axis(name) for name in world.mesh}
         self._shared_buffers = {name: tensors[name] for name in cls.OWN_BUFFERS}
         own = {name: tensor.clone() for name, tensor in self._shared_buffers.items()}
@@ -159,7 +159,9 @@ class Chunk:
         self._flights = [None] * self.num_microbatches
         self.step_losses, self.collected = [], []
         self._first_backward, self._backwards_left = True, self.num_microbatches
-        self.stage.hold_casts(self._sums.added)
+        casts = self.stage.hold_casts(self._sums.added)
+        if self._compiled:
+            casts.make_all()
         with torch.no_grad():
             for name, buffer in self._own_buffers.items():
                 buffer.copy_(self._shared_buffers[name])

@@ -135,11 +135,11 @@ class GatheredParameters:
 
 
 class RefreshedParameters:
-    """A stage's `p` of ZeRO 1 and 2: `held`, each once it is up to date."""
+    """A stage's `p` of ZeRO 1 and 2: `held`, each, and each cast of one, once it is up to date."""
 
-    def __init__(self, shards: ParameterShards, held: Callable[[str], torch.Tensor]) -> None:
+    def __init__(self, shards: ParameterShards, held: Callable[..., torch.Tensor]) -> None:
         self._shards, self._held = shards, held
 
-    def __call__(self, name: str) -> torch.Tensor:
+    def __call__(self, name: str, dtype: str | None = None) -> torch.Tensor:
         self._shards.wait_for(name)
-        return self._held(name)
+        return self._held(name, dtype)

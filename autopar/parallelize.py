@@ -479,7 +479,8 @@ class ParallelModel:
     # ---- parameters -------------------------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's shards under the user's names. In a plain process with several ranks: all ranks' shards, `rank 2: name`.
+        """This rank's shards under the user's names. In a plain process with several ranks: all ranks' shards, `rank 2: name`; what ranks
+        hold alike (without ZeRO they share its memory) once, so that any optimizer sees the whole model as on one device.
 
         With zero >= 1: of each trained parameter this replica's part, flat but for dims of size 1, to hand to an optimizer that treats
         every element by itself. What it changes is in the next step, output and state dict, which all ranks then have to ask for.

@@ -162,7 +162,7 @@ class ProcessRank:
         self._training = mode
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return handed_out(self.plan, self.parameters, self.shards)
+        return handed_out(self.plan, self.parameters, self.shards, together=False)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
         part = norm_part(normed_gradients(self.plan, self.coords, self.held), norm_type, self.world.device)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -16,18 +17,18 @@ from autopar.plan import Plan
 from autopar.precision import PRECISIONS
 from autopar.program import load_program
 from autopar.runtime.held_gradients import HeldGradients
-from autopar.runtime.optimizers import register_piece
+from autopar.runtime.optimizers import register_part
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord
 from autopar.runtime.scaling import LossScale
+from autopar.shared_copies import counts_here
 from autopar.state import (
     check_names,
     check_shape,
     local_piece,
-    split_axis,
-    stage_of_parameter,
 )  # fmt: skip
 from autopar.trace import Traced
+from costmodel.mesh import REPLICA_AXIS
 from passes.placement import Partial, Shard, is_padded, parse_notation, parse_type, whole_tensor
 
 Tensors = dict[str, torch.Tensor]
@@ -69,20 +70,10 @@ def whole_state(traced: Traced) -> Mapping[str, torch.Tensor]:
     return ChainMap(traced.constants, traced.state)  # type: ignore[arg-type]
 
 
-def _counts_here(plan: Plan, coords: Mapping[str, int], name: str) -> bool:
-    """True if this rank's piece is the one to count in a norm: one replica's (with ZeRO each one's part), one copy of a whole tensor, the
-    first stage of a tied one.
-    """
-    first = plan.stages[stage_of_parameter(plan)[name]]
-    if plan.stage_ranks[first.index] != coords["pp"] or (coords.get("dp", 0) != 0 and not plan.zero):
-        return False
-    return split_axis(first.parameters[name], plan) is not None or coords.get("tp", 0) == 0
-
-
 def normed_gradients(plan: Plan, coords: Mapping[str, int], held: HeldGradients) -> list[tuple[torch.Tensor, bool]]:
     """A rank's gradients, and whether they count in a norm. BadArgument while they are not summed."""
     held.check_summed("clip_grad_norm_")
-    return [(each.grad, _counts_here(plan, coords, name)) for name, each in held.updated.items() if each.grad is not None]
+    return [(each.grad, counts_here(plan, coords, name)) for name, each in held.updated.items() if each.grad is not None]
 
 
 def model_norm_dtype(traced: Traced) -> torch.dtype:
@@ -126,13 +117,16 @@ def shards_for(plan: Plan, rank: int, parameters: Mapping[str, nn.Parameter]) ->
 
 
 def handed_out(
-    plan: Plan, parameters: Mapping[str, nn.Parameter], shards: ParameterShards | None
+    plan: Plan, parameters: Mapping[str, nn.Parameter], shards: ParameterShards | None, *, together: bool
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """What an optimizer updates: a rank's parameters, or its shards of them."""
+    """What an optimizer updates: a rank's parameters, or its shards of them. `together`: with those of all other ranks."""
+    has_all = together or math.prod(size for axis, size in plan.mesh.items() if axis != REPLICA_AXIS) == 1
     for name, parameter in {**parameters, **(shards.of if shards is not None else {})}.items():
         text = plan.parameter_notation.get(name)
         if text is not None and any(isinstance(p, Shard) for p in parse_notation(text, plan.mesh)[1].values()):
-            register_piece(parameter, name)
+            register_part(parameter, "piece" if together else "piece apart", name)
+        elif not has_all:
+            register_part(parameter, "stage", name)
         yield name, parameter
 
 

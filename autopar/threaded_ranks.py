@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,20 +34,17 @@ from autopar.runtime.outputs import join
 from autopar.runtime.parameter_shards import joined
 from autopar.runtime.record import RankRecord
 from autopar.runtime.threads import ThreadRanks
+from autopar.shared_copies import SharedCopies
 from autopar.state import (
     gather_whole,
     local_piece,
     local_tensors,
     require_values,
+    split_axis,
     stage_of_parameter,
     text_of,
 )  # fmt: skip
 from autopar.trace import Traced
-
-if TYPE_CHECKING:
-    pass
-
-
 
 class ThreadedRanks:
     """All ranks as threads of this process."""
@@ -64,10 +61,12 @@ class ThreadedRanks:
             ]
             self.parameters_of = [parameters for parameters, _ in pairs]
             self.buffers_of = [buffers for _, buffers in pairs]
+            self.copies = SharedCopies(plan, self.parameters_of)
             self.shards_of = [shards_for(plan, rank, parameters) for rank, parameters in enumerate(self.parameters_of)]
             self.held_of = list(map(HeldGradients, self.parameters_of, self.shards_of))
         else:
             self.parameters_of, self.shards_of, self.held_of = like.parameters_of, like.shards_of, like.held_of
+            self.copies = like.copies
             self.buffers_of = [
                 shared_buffers(plan, traced, rank, device, shared) for rank, shared in enumerate(like.buffers_of)
             ]
@@ -98,11 +97,11 @@ class ThreadedRanks:
         return rows // self.plan.mesh.get("dp", 1)
 
     def step(self, batch: Mapping[str, torch.Tensor], *, accumulate: bool) -> torch.Tensor:
-        with self._scaling(accumulate):
+        with self.copies.step(self.held_of), self._scaling(accumulate):
             return self._run("step", batch, accumulate=accumulate)
 
     def profile(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[RankRecord]]:
-        with self._scaling(False):
+        with self.copies.step(self.held_of), self._scaling(False):
             return self._run("profile", batch)
 
     def _scaling(self, accumulate: bool) -> AbstractContextManager[None]:
@@ -114,6 +113,7 @@ class ThreadedRanks:
         return getattr(threads, method)(batch, **options)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Tensors | None:
+        self.copies.follow()
         results = self._run("forward", batch)
         outputs: Tensors = {}
         for name, text in self.plan.stages[-1].outputs.items():
@@ -137,7 +137,8 @@ class ThreadedRanks:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         alone = self.plan.num_ranks == 1
         for rank, parameters in enumerate(self.parameters_of):
-            for name, parameter in handed_out(self.plan, parameters, self.shards_of[rank]):
+            firsts = {name: parameter for name, parameter in parameters.items() if self.copies.is_first(rank, name)}
+            for name, parameter in handed_out(self.plan, firsts, self.shards_of[rank], together=True):
                 yield (name if alone else f"rank {rank}: {name}"), parameter
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
@@ -157,8 +158,8 @@ class ThreadedRanks:
     def whole(self, name: str, of: str = "value") -> torch.Tensor | None:
         """A whole parameter or buffer (or with of="grad" its gradient) from its first stage's ranks; None for no gradient."""
         stage = stage_of_parameter(self.plan)[name]
-        pieces = []
-        for place, rank in enumerate(self._ranks_of(stage)):
+        text, pieces = text_of(self.plan.stages[stage], name), []
+        for place, rank in enumerate(self._ranks_of(stage)[: None if split_axis(text, self.plan) else 1]):
             tensor = {**self.parameters_of[rank], **self.buffers_of[rank]}[name]
             piece = tensor.grad if of == "grad" else tensor.detach()
             shards = [
@@ -173,7 +174,7 @@ class ThreadedRanks:
             if piece is None:
                 return None
             pieces.append(piece)
-        return gather_whole(self.plan, name, text_of(self.plan.stages[stage], name), pieces).clone()
+        return gather_whole(self.plan, name, text, pieces).clone()
 
     def whole_tensors(self) -> Tensors | None:
         found = {name: self.whole(name) for name in stage_of_parameter(self.plan)}
@@ -204,6 +205,7 @@ class ThreadedRanks:
                     if name in values:
                         piece = local_piece(values[name], wanted[name], self.plan, coords)
                         tensors[name] = assigned(tensors[name], piece, name, self.shards_of[rank])  # type: ignore[assignment]
+        self.copies.share()
 
     def assign(self, values: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Each rank's piece of whole values of the model, one at a time."""
@@ -214,6 +216,7 @@ class ThreadedRanks:
                     self.plan, self.plan.coords(rank), {**placed, **others}, name, value.to(self.device),
                     (self.parameters_of[rank], self.buffers_of[rank]), self.shards_of[rank],
                 )  # fmt: skip
+            self.copies.share(name)
 
     def close(self) -> None:
         if self._threads is not None:

@@ -46,6 +46,7 @@ from autopar.state import (
 )  # fmt: skip
 from autopar.trace import Traced
 
+
 class ThreadedRanks:
     """All ranks as threads of this process."""
 

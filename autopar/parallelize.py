@@ -218,7 +218,7 @@ class ParallelModel:
         return ThreadedRanks(plan, traced, self._options.device, self._options.seed, like, self._options.compile)
 
     def _form(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, trains: bool
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, trains: bool, accumulate: bool = False
     ) -> tuple[_Form, dict[str, torch.Tensor]]:
         """What runs this call, and its tensors by name. All replicas of a training step agree on it, or all raise."""
         alone = self._options.mesh.get("dp", 1) == 1 or (not trains and launched())
@@ -239,7 +239,8 @@ class ParallelModel:
         rows = sizes.get("B", form.plan.microbatches)
         if not alone:
             given = (f"{name} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in batch.items())
-            shape = ", ".join([*given, *(f"{name}={size}" for name, size in sizes.items() if name != "B")])
+            sized = (f"{name}={size}" for name, size in sizes.items() if name != "B")
+            shape = ", ".join([*given, *sized, "training" if self.training else "evaluation", *["accumulate"] * accumulate])
             rows = self._ranks().rows_of_all(shape, rows)
         return self._with_rows(form, rows), batch
 
@@ -352,7 +353,7 @@ class ParallelModel:
         Returns the loss as a 0-dim tensor, on every rank: what the single-device model gives for this batch. With replicas (dp > 1)
         each rank of a job gives its replica's batch, a plain process the rows of all; loss and gradients are of all replicas' batches
         together, whatever number of rows or of ignored labels each has. BadArgument, on all ranks, if the model returns no loss, a
-        batch does not fit, or replicas' batches differ in more than their rows; RankFailed if another rank died or stalled.
+        batch does not fit, or replicas' steps differ in more than their rows; RankFailed if another rank died or stalled.
         accumulate: more steps follow before the optimizer's. As on one device their gradients add up, each of its own batch's loss: for
         the mean over k steps divide the losses by k. Replicas sum once, in the last step, the one without it: until then `.grad` is not
         to be used (with zero=2 or 3 each step sums into the shards instead, so that no whole gradients are kept).
@@ -360,7 +361,7 @@ class ParallelModel:
         optimizer's step changes nothing (see `autopar.runtime.scaling`).
         """
         with self._meter.step() as done:
-            ranks, batch, plan = self._to_train(args, kwargs)
+            ranks, batch, plan = self._to_train(args, kwargs, accumulate)
             loss = ranks.step(batch, accumulate=accumulate)
             done(plan, batch, loss, self._options.device, None if ranks.loss_scale is None else ranks.loss_scale.value)
         return loss
@@ -393,8 +394,10 @@ class ParallelModel:
         ranks, batch, plan = self._to_train(args, kwargs)
         return step_profile(plan, *ranks.profile(batch))
 
-    def _to_train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ranks, dict[str, torch.Tensor], Plan]:
-        form, batch = self._form(args, kwargs, trains=True)
+    def _to_train(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], accumulate: bool = False
+    ) -> tuple[Ranks, dict[str, torch.Tensor], Plan]:
+        form, batch = self._form(args, kwargs, trains=True, accumulate=accumulate)
         ranks = form.ranks()
         ranks.train(self.training)
         return ranks, batch, form.plan

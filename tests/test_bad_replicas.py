@@ -41,6 +41,9 @@ BAD: dict[str, Callable[[Batch], Batch]] = {
 }
 
 
+ALONE = ("accumulates alone", "evaluates alone")
+
+
 def job(layouts: list[dict[str, Any]]) -> list[dict[str, str]]:
     """One rank: what is said of each case, by layout."""
     report: list[dict[str, str]] = []
@@ -56,7 +59,9 @@ def job(layouts: list[dict[str, Any]]) -> list[dict[str, str]]:
         par.zero_grad()
         for name, change in BAD.items():
             found[name] = said(lambda: par.step(**(change(rows) if replica else rows)))  # noqa: B023
-        par.step(**rows)
+        found["accumulates alone"] = said(lambda: par.step(**rows, accumulate=bool(replica)))  # noqa: B023
+        found["evaluates alone"] = said(lambda: par.train(not replica).step(**rows))  # noqa: B023
+        par.train().step(**rows)
         norm = said(lambda: par.clip_grad_norm_(1e9))  # noqa: B023
         par.zero_grad()
         found["inf in one batch"] = said(lambda: par.step(**spoilt))  # noqa: B023
@@ -87,7 +92,7 @@ def test_what_one_replica_gets_wrong_is_told_to_all_ranks(zeros: tuple[int, ...]
             for name in first:
                 known = found[index][name].partition(":")[0] == first[name].partition(":")[0] == "BadArgument"
                 assert found[index][name] == first[name] or (known and name in BAD), (layout, name)
-            assert all(found[index][name].startswith("BadArgument") for name in BAD), found[index]
+            assert all(found[index][name].startswith("BadArgument") for name in (*BAD, *ALONE)), found[index]
         assert first["ranks"] == "WorldSizeMismatch: 4 ranks were launched, but pp=1 x dp=3 x tp=1 needs 3."
         assert first["inf in one batch"] == "inf" and first["norm"].startswith(NonFinite.__name__), first
         assert first["no norm"] in ("inf", "nan"), first

@@ -2,8 +2,9 @@
 an error on all of them and a hang on none.
 
 A replica whose batch is of another shape than its peers', that has none, or that refuses it for a reason of its own must not leave the
-others waiting in the middle of a step. So each brings a digest of its batch's sizes, its number of rows, and whether it refuses, of which
-the extremes over the replicas are taken: one small reduction. Only when they disagree are words exchanged.
+others waiting in the middle of a step; nor must one that accumulates or evaluates where they do not. So each brings a digest of its
+batch's sizes and kind of step, its number of rows, and whether it refuses, of which the extremes over the replicas are taken: one small
+reduction. Only when they disagree are words exchanged.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def agree_on_plan(
 def agree(axis: Axis, shape: str, rows: int, refusal: str | None, device: torch.device) -> int:
     """The rows of the replica that has fewest.
 
-    `shape`: the sizes of this replica's batch but for its rows, in words; `refusal`: why this replica cannot run it.
+    `shape`: the sizes of this replica's batch but for its rows, and the kind of step, in words; `refusal`: why this replica cannot run it.
 
     BadArgument, on all replicas, if one refuses, has no rows or another shape.
     """
@@ -66,6 +67,7 @@ def agree(axis: Axis, shape: str, rows: int, refusal: str | None, device: torch.
             raise BadArgument(f"replica {coord} gets no data", why="its batch has no rows", use="at least one row for each replica")
     other = next(coord for coord, one in enumerate(found) if one[0] != found[0][0])
     raise BadArgument(
-        "the replicas' batches have different shapes or dtypes", why=f"replica 0: {texts[0]}; replica {other}: {texts[other]}",
-        use="batches that differ in rows alone (pad the rest to one size, with labels that are ignored)",
+        "the replicas' batches have different shapes or dtypes, or their steps are of different kinds",
+        why=f"replica 0: {texts[0]}; replica {other}: {texts[other]}",
+        use="steps that differ in rows alone (pad the rest to one size, with labels that are ignored)",
     )  # fmt: skip

@@ -224,6 +224,12 @@ class ParallelModel:
         alone = self._options.mesh.get("dp", 1) == 1 or (not trains and launched())
         try:
             form, batch, sizes = self._form_of(args, kwargs)
+            empty = next((name for name, tensor in batch.items() if tensor.is_meta), None)
+            if empty is not None:
+                raise BadArgument(
+                    f"the input {empty!r} has no values", why="it is on the meta device",
+                    use="a tensor with values (only example_inputs may be on meta)",
+                )  # fmt: skip
             if trains and form.traced.loss is None:
                 raise BadArgument(
                     "the model returns no loss to train on", why="its output is no scalar, has none first and no .loss",

@@ -37,6 +37,7 @@ BAD: dict[str, Callable[[Batch], Batch]] = {
     "another width": lambda batch: {name: value[:, :8] for name, value in batch.items()},
     "another dtype": lambda batch: {name: value.double() for name, value in batch.items()},
     "an argument too few": lambda batch: {"x": batch["x"]},
+    "no values": lambda batch: {name: value.to("meta") for name, value in batch.items()},
     "no tensors": lambda batch: {name: value.tolist() for name, value in batch.items()},
 }
 

@@ -40,7 +40,7 @@ class Metrics:
     step_seconds: float
     tokens: int
     mfu: float | None  # None where the plan's hardware has no known peak
-    memory_bytes: int  # peak: allocated on the GPU, resident of this process on a CPU
+    memory_bytes: int  # this process's own peak: allocated on its GPU, resident on a CPU (rank threads: of all ranks together)
     bubble_fraction: float  # as planned
     loss_scale: float | None  # of fp16-mixed, for the next step
 

@@ -26,6 +26,7 @@ from autopar.state import (
     check_names,
     check_shape,
     local_piece,
+    stage_of_parameter,
 )  # fmt: skip
 from autopar.trace import Traced
 from costmodel.mesh import REPLICA_AXIS
@@ -73,7 +74,8 @@ def whole_state(traced: Traced) -> Mapping[str, torch.Tensor]:
 def normed_gradients(plan: Plan, coords: Mapping[str, int], held: HeldGradients) -> list[tuple[torch.Tensor, bool]]:
     """A rank's gradients, and whether they count in a norm. BadArgument while they are not summed."""
     held.check_summed("clip_grad_norm_")
-    return [(each.grad, counts_here(plan, coords, name)) for name, each in held.updated.items() if each.grad is not None]
+    stages = stage_of_parameter(plan)
+    return [(each.grad, counts_here(plan, coords, name, stages[name])) for name, each in held.updated.items() if each.grad is not None]
 
 
 def model_norm_dtype(traced: Traced) -> torch.dtype:

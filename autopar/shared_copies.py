@@ -23,11 +23,11 @@ Parameters = dict[str, nn.Parameter]
 _Place = tuple[int, str]  # (rank, name)
 
 
-def counts_here(plan: Plan, coords: Mapping[str, int], name: str) -> bool:
+def counts_here(plan: Plan, coords: Mapping[str, int], name: str, stage: int) -> bool:
     """True if this rank's piece is the one to count of all copies: one replica's (with ZeRO each one's part), one copy of a whole tensor,
-    the first stage's of a tied one.
+    the first stage's of a tied one. `stage`: that first stage.
     """
-    first = plan.stages[stage_of_parameter(plan)[name]]
+    first = plan.stages[stage]
     if plan.stage_ranks[first.index] != coords["pp"] or (coords.get("dp", 0) != 0 and not plan.zero):
         return False
     return split_axis(first.parameters[name], plan) is not None or coords.get("tp", 0) == 0
@@ -46,12 +46,13 @@ class SharedCopies:
     def _find(self, plan: Plan) -> list[tuple[_Place, _Place]]:
         """(first, copy) of each copy."""
         same: dict[tuple[str, int | None], list[_Place]] = {}
+        stages = stage_of_parameter(plan)
         for rank, parameters in enumerate(self._parameters_of):
             coords, placed = plan.coords(rank), plan.rank_state(rank)[0]
             for name in parameters:
                 split = split_axis(placed[name], plan)
                 place = same.setdefault((name, None if split is None else coords[split[0]]), [])
-                place.insert(0 if counts_here(plan, coords, name) else len(place), (rank, name))
+                place.insert(0 if counts_here(plan, coords, name, stages[name]) else len(place), (rank, name))
         return [(place[0], each) for place in same.values() for each in place[1:]]
 
     def _pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:

@@ -1,6 +1,8 @@
 """Trains a Hugging Face causal LM on bytes of the Python standard library: bf16-mixed, warm-up and cosine, clipping, evaluation.
 
-python examples/finetune_hf.py --tp 2 --pp 2: ranks as threads; with --launch, or under torchrun, as processes. --model: a type or a folder.
+  python examples/finetune_hf.py --tp 2 --pp 2 --dp 2                               ranks are threads of this process
+  python examples/finetune_hf.py --tp 2 --pp 2 --launch --model gpt2                ... are local processes
+  torchrun --nproc-per-node 8 examples/finetune_hf.py --tp 2 --dp 4 --model FOLDER  ... are the job's
 """
 
 import argparse
@@ -66,12 +68,10 @@ def finetune(options):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="llama", help="a model type, or a folder with a checkpoint")
-    for name, default in {"tp": 1, "pp": 1, "dp": 1, "rows": 16, "seq": 128, "steps": 200, "evaluate": 20}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--precision", default="bf16-mixed")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"tp": 1, "pp": 1, "dp": 1, "rows": 16, "seq": 128, "steps": 200, "evaluate": 20}
+    for name, default in {"model": "llama", "precision": "bf16-mixed", "lr": 2e-3, **sizes}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{default} if not given")
     parser.add_argument("--tensorboard", metavar="FOLDER")
     parser.add_argument("--launch", action="store_true", help="one local process a rank")
     options = parser.parse_args()

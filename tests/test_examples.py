@@ -93,6 +93,13 @@ def test_finetune_hf_learns_in_all_three_places(start, degrees):
     assert all(float(lines[1][place]) < float(lines[0][place]) < math.log(256) for place in (1, 2))
 
 
+def test_finetune_hf_stays_short_and_its_help_shows_how_to_run_it():
+    assert len((ROOT / "examples/finetune_hf.py").read_text().splitlines()) < 80
+    shown = run("examples/finetune_hf.py", "--help")
+    for command in ("  python examples/finetune_hf.py --tp 2 --pp 2 --dp 2 ", "--launch --model gpt2", "  torchrun --nproc-per-node 8 "):
+        assert command in shown, "as lines of their own"
+
+
 def test_finetune_hf_goes_on_from_a_checkpoint_folder(tmp_path):
     sizes = {"vocab_size": 256, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
     config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)

@@ -274,6 +274,8 @@ QUICK: list[tuple[Any, dict[str, Any]]] = [
     (small_llama, {"pp": 2, "tp": 2, "microbatches": 3}),
     (small_cnn, {"pp": 2, "microbatches": 4}),
     (small_cnn, {"pp": 1, "tp": 2, "microbatches": 2, "recompute": "full"}),
+    (small_gpt, {"pp": 2, "microbatches": 4, "precision": "bf16-mixed"}),
+    (small_gpt, {"pp": 2, "microbatches": 4, "schedule": "zb-h1", "recompute": "selective", "precision": "bf16-mixed"}),
 ]
 CASES: list[tuple[Any, dict[str, Any]]] = [
     *QUICK,
@@ -284,6 +286,9 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (small_gpt, {"pp": 2, "microbatches": 4, "schedule": "zb-h1", "recompute": "full"}),
     (small_gpt, {"pp": 2, "microbatches": 4, "schedule": "dualpipe-v"}),
     (small_llama, {"pp": 4, "microbatches": 5, "recompute": "full"}),
+    (small_gpt, {"pp": 2, "microbatches": 4, "schedule": "gpipe", "precision": "bf16-mixed"}),
+    (small_gpt, {"pp": 2, "microbatches": 4, "schedule": "zb-v", "precision": "bf16-mixed"}),
+    (small_llama, {"pp": 2, "tp": 2, "microbatches": 4, "recompute": "full", "precision": "bf16-mixed"}),
     (encoder_decoder, {"pp": 2, "microbatches": 2}),
     (encoder_decoder, {"pp": 2, "tp": 2, "microbatches": 2, "recompute": "selective"}),
 ]

@@ -83,7 +83,7 @@ class Evaluator:
         self.folded = module if isinstance(module, Folded) else fold(module)
         self.sizes, self.hardware = dict(sizes), hardware
         self.uncertainty = hardware.uncertainty if uncertainty is None else uncertainty
-        self._graphs: dict[tuple[int, bool], RankGraph] = {}
+        self._graphs: dict[tuple[int, bool, bool], RankGraph] = {}
         self._units: dict[tuple[object, ...], list[UnitCost]] = {}
         self._cutter = Cutter(hardware)
         self._shared: dict[tuple[int, bool], list[SharedParameter]] = {}
@@ -142,9 +142,9 @@ class Evaluator:
 
     # ---- what layouts share -------------------------------------------------------------------------------------------
 
-    def graph(self, tp: int, sequence_parallel: bool) -> RankGraph:
+    def graph(self, tp: int, sequence_parallel: bool, holds_casts: bool = False) -> RankGraph:
         """The folded graph sharded over tp. NoLegalSharding or UnevenShard where it cannot be."""
-        key = _graph_key(tp, sequence_parallel)
+        key = (*_graph_key(tp, sequence_parallel), holds_casts)
         if key not in self._graphs:
             nominal = self.pricing(1)
             module = self.folded.module
@@ -153,8 +153,8 @@ class Evaluator:
                 module, axis="tp", axis_size=tp, pricing=nominal, microbatches=8, loss=loss, sequence_parallel=key[1],
                 repeats=self.folded.weight,
             )  # fmt: skip
-            self._graphs[key] = RankGraph(localize(module, plan), self.folded, {"tp": tp}, nominal)
-            self._shared[key] = self._graphs[key].shared()
+            self._graphs[key] = RankGraph(localize(module, plan), self.folded, {"tp": tp}, nominal, holds_casts)
+            self._shared[key[:2]] = self._graphs[key].shared()
         return self._graphs[key]
 
     def units(self, layout: Layout) -> list[UnitCost]:
@@ -162,7 +162,8 @@ class Evaluator:
         key = self._units_key(layout)
         if key not in self._units:
             self._units[key] = unit_costs(
-                self.graph(layout.tp, layout.sequence_parallel), self.pricing(layout.microbatch_rows, layout.precision),
+                self.graph(layout.tp, layout.sequence_parallel, _holds_casts(layout)),
+                self.pricing(layout.microbatch_rows, layout.precision),
                 recompute=layout.recompute, replay_all=layout.replay_all, gather_again=layout.gather_again, fused=layout.fused,
                 fused_loss=layout.fused_loss, cp=layout.cp, context_link=self._link(layout, "cp"),
             )  # fmt: skip
@@ -171,7 +172,7 @@ class Evaluator:
     def _units_key(self, layout: Layout) -> tuple[object, ...]:
         return (
             *_graph_key(layout.tp, layout.sequence_parallel), layout.cp, layout.microbatch_rows, layout.recompute, layout.replay_all,
-            layout.gather_again, layout.fused, layout.fused_loss, layout.precision,
+            layout.gather_again, layout.fused, layout.fused_loss, layout.precision, _holds_casts(layout),
         )  # fmt: skip
 
     def stages(self, layout: Layout) -> Stages:
@@ -270,6 +271,11 @@ class Evaluator:
 def _graph_key(tp: int, sequence_parallel: bool) -> tuple[int, bool]:
     """Layouts alike in this have one sharded graph: with one rank there is nothing for sequence parallelism to split."""
     return tp, sequence_parallel and tp > 1
+
+
+def _holds_casts(layout: Layout) -> bool:
+    """Whether casts of parameters are made once a step, as plans make them (`autopar.cast_plan`)."""
+    return layout.microbatches > 1 and layout.zero < 3 and layout.recompute != "full"
 
 
 def _schedule(layout: Layout) -> Schedule:

@@ -80,7 +80,7 @@ def _memory(layout: Layout, held: HeldStages, flight: int, transfers: float, on_
         gradients = held.parameters * _gradient_bytes(layout)
     if flight == layout.microbatches * len(held.stages) and not layout.offload:
         gradients, kept, working = _first_backward(layout, held, kept, gradients)
-    buffers = transfers + _zero_buffers(layout, held)
+    buffers = transfers + _zero_buffers(layout, held) + sum(stage.cast_bytes for stage in held.stages)
     if summed:
         gradients, kept, working = max((gradients, kept, working), _last_backward(layout, held, count, on_cpu), key=sum)
     if layout.pp > 1 and not layout.sums_each_microbatch:

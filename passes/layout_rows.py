@@ -42,6 +42,7 @@ from passes.placement import local_type
 from passes.recompute import Run, Saves, line_of
 from passes.reshard import collective_seconds
 from passes.saved import formula_saves
+from passes.step_casts import casts_to_hold
 
 TOKENS = "T"  # the size that context parallelism splits
 _GROWS = 1.2  # a call whose cost grows by this much more than its tokens mixes tokens
@@ -71,6 +72,7 @@ class UnitCost:
     adding_bytes: float = 0.0
     making_bytes: float = 0.0
     parameters: int = 0
+    cast_bytes: float = 0.0  # of casts that are held for a step
     sent_bytes: float = 0.0
     sent_whole_bytes: float = 0.0  # of it: what every rank of the tensor-parallel axis holds alike
 
@@ -91,6 +93,8 @@ class RankGraph:
     folded: Folded
     axis_sizes: Mapping[str, int]
     nominal: Pricing
+    holds_casts: bool = False  # of parameters, for a whole step
+    casts: frozenset[fx.Node] = field(init=False)
     line: list[LineCall] = field(init=False)
     spans: list[tuple[int, int]] = field(init=False)  # per unit: first call on the line, end
     carries: int = field(init=False)  # the storages that have gradients, a bit each
@@ -101,7 +105,8 @@ class RankGraph:
 
     def __post_init__(self) -> None:
         graph = self.module.graph
-        self._saves = saves = formula_saves(graph, self.nominal, self.axis_sizes)
+        self.casts = casts_to_hold(graph) if self.holds_casts else frozenset()
+        self._saves = saves = formula_saves(graph, self.nominal, self.axis_sizes, self.casts)
         self.line = [
             LineCall(call.nodes[0], call.made, call.saved, call.used)
             for call in line_of(graph, saves, self.nominal, self.axis_sizes)
@@ -196,6 +201,16 @@ class RankGraph:
                 found[units[0]] += self._numel(node) * self.folded.count(node) / self.folded.units[units[0]].count
         return [round(count) for count in found]
 
+    @cached_property
+    def cast_bytes(self) -> list[float]:
+        """Per unit: of the casts that are held for a step, of one layer."""
+        found = [0.0] * len(self.folded.units)
+        for node in self.casts:
+            kind = tensor_type(node)
+            assert kind is not None
+            found[unit_of(node)] += self.nominal.num_bytes(local_type(kind, sharding(node), self.axis_sizes))
+        return found
+
 
 def unit_costs(
     rank: RankGraph, pricing: Pricing, *, recompute: str = "none", replay_all: bool = False, gather_again: bool = False,
@@ -233,7 +248,7 @@ def unit_costs(
                 sum(t.context_forward for t in times), sum(t.context_backward for t in times),
                 sum(t.forward for t in replays), sum(t.tensor_forward for t in replays), sum(t.context_forward for t in replays),
                 float(sum(num_bytes[k] for k in bits_of(mine))), working.adding_bytes, working.making_bytes,
-                parameters[index], *sized.crossing[index],
+                parameters[index], rank.cast_bytes[index], *sized.crossing[index],
             )
         )  # fmt: skip
     return found
@@ -308,10 +323,10 @@ def _grows(node: fx.Node, pricing: Pricing, part: Pricing, axis_sizes: Mapping[s
 
 def _storage_bytes(rank: RankGraph, pricing: Pricing, part: Pricing, cp: int) -> list[float]:
     graph, axes = rank.module.graph, rank.axis_sizes
-    parts = formula_saves(graph, part, axes).num_bytes
+    parts = formula_saves(graph, part, axes, rank.casts).num_bytes
     if cp == 1:
         return [float(parts[k]) for k in range(len(parts))]
-    wholes = formula_saves(graph, pricing, axes).num_bytes
+    wholes = formula_saves(graph, pricing, axes, rank.casts).num_bytes
     return [
         wholes[k] / cp if wholes[k] > _GROWS * cp * parts[k] else float(parts[k]) for k in range(len(parts))
     ]

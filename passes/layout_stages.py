@@ -122,6 +122,7 @@ class StageSums:
     backward_context_seconds: float
     replay_context_seconds: float
     kept_bytes: float
+    cast_bytes: float
     working_bytes: float  # the most that exists beside what is kept, less what backward has let go by then
     making: tuple[tuple[float, int], ...]  # the same while gradients are first made: (bytes, parameters that have theirs already)
     parameters: int
@@ -155,6 +156,7 @@ def _working(
 _SUMS = (
     "forward_seconds", "backward_seconds", "weight_seconds", "replay_seconds", "forward_tensor_seconds", "backward_tensor_seconds",
     "replay_tensor_seconds", "forward_context_seconds", "backward_context_seconds", "replay_context_seconds", "kept_bytes",
+    "cast_bytes",
 )  # fmt: skip
 
 

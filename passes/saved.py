@@ -9,7 +9,7 @@ a product keeps its weight where that was computed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import fx
 
@@ -27,8 +27,12 @@ _CONTRACTIONS = frozenset(row.op for row in CONTRACTIONS)
 _ALIASES = frozenset({"copy_to", "own_gradient"})  # reshards whose result is their argument
 
 
-def formula_saves(graph: fx.Graph, pricing: Pricing, axis_sizes: Mapping[str, int]) -> Saves:
-    """The storages of a localized graph at the sizes of `pricing`. A call with several results goes by its first piece's name."""
+def formula_saves(
+    graph: fx.Graph, pricing: Pricing, axis_sizes: Mapping[str, int], held: Collection[fx.Node] = ()
+) -> Saves:
+    """The storages of a localized graph at the sizes of `pricing`. A call with several results goes by its first piece's name. `held`:
+    casts that are there as parameters are.
+    """
     storage: dict[Value, int] = {}
     num_bytes: dict[int, int] = {}
     by_name: dict[str, int] = {}
@@ -40,7 +44,7 @@ def formula_saves(graph: fx.Graph, pricing: Pricing, axis_sizes: Mapping[str, in
         return len(num_bytes) - 1
 
     for node in calls(graph):
-        kinds = output_types(node)
+        kinds = () if node in held else output_types(node)
         if node.target is operator.getitem:
             if value_of(node) in storage:
                 by_name[node.name] = storage[value_of(node)]

@@ -76,6 +76,12 @@ def test_in_16_bits_too(given: dict[str, Any], precision: str) -> None:
     assert predicted == pytest.approx(planned, rel=0.05)
 
 
+@pytest.mark.parametrize("given", [{"pp": 2}, {"pp": 2, "schedule": "gpipe"}, {"recompute": "selective"}], ids=str)
+def test_casts_that_are_held_for_a_step_too(given: dict[str, Any]) -> None:
+    predicted, planned = both(given, 16, "bf16-mixed")
+    assert predicted == pytest.approx(planned, rel=0.05)
+
+
 @pytest.mark.parametrize(("given", "precision"), [({"dp": 2, "zero": 2}, "fp32"), ({"pp": 2, "recompute": "full"}, "bf16")], ids=str)
 def test_a_step_allocates_it(given: dict[str, Any], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     predicted, planned = both(given, 128, precision)

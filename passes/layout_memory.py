@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from costmodel.buckets import HELD_GROUPS, gradient_bucket_bytes, mean_group_bytes
+from costmodel.buckets import HELD_GROUPS, UNDER_WAY, gradient_bucket_bytes, mean_group_bytes
 from costmodel.memory import STATE_PRECISIONS, TIED_EXACT_BYTES, state_bytes
 from passes.layout import Layout, LayoutMemory
 from passes.layout_stages import StageSums
@@ -145,7 +145,7 @@ def _with_tied(
 
 def _last_backward(layout: Layout, held: HeldStages, count: int, on_cpu: bool) -> tuple[float, float, float]:
     """(gradients, kept, working) bytes of the last microbatch's backward, beside which gradients are summed over `count` replicas: a bucket
-    is copied together, up to two more are under way, and under ZeRO whole gradients are let go as they become parts. What is under way
+    is copied together, others are under way, and under ZeRO whole gradients are let go as they become parts. What is under way
     takes the part that it becomes, and on CPUs, where gloo does not sum in place, as much as is summed.
     """
     each = _gradient_bytes(layout)
@@ -157,7 +157,7 @@ def _last_backward(layout: Layout, held: HeldStages, count: int, on_cpu: bool) -
         there = each * done if layout.microbatches == 1 else whole
         ready = each * done
         for copied in {0.0, min(bucket, ready)}:
-            under_way = min(ready - copied, 2 * bucket)
+            under_way = min(ready - copied, UNDER_WAY * bucket)
             sums = under_way / count if layout.zero else under_way * on_cpu
             let_go = (ready - copied - under_way) * (1 - 1 / count) if layout.zero else 0.0
             found.append((there + copied + sums - let_go, kept, most))

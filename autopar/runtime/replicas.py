@@ -32,9 +32,7 @@ from autopar.runtime.buckets import buckets_of, shares_memory
 from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.shard_groups import ShardGroup
-from costmodel.buckets import gradient_bucket_bytes
-
-_UNDER_WAY = 2  # buckets at most: before one more starts, the first of them is waited for and its memory let go
+from costmodel.buckets import UNDER_WAY, gradient_bucket_bytes
 
 
 class _Rows:
@@ -160,11 +158,11 @@ class ReplicaSums:
     def _start_next(self) -> None:
         while self._sums_now and self._next < len(self._early) and not self._early[self._next].missing:
             self._start(self._early[self._next])
-            for earlier in self._early[max(0, self._next - _UNDER_WAY) : self._next]:
+            for earlier in self._early[max(0, self._next - UNDER_WAY) : self._next]:
                 if earlier.pending is not None:
                     earlier.pending.advance()
-            if self._next >= _UNDER_WAY:
-                self._deliver(self._early[self._next - _UNDER_WAY])
+            if self._next >= UNDER_WAY:
+                self._deliver(self._early[self._next - UNDER_WAY])
             self._next += 1
 
     def _start(self, bucket: _Bucket) -> None:

@@ -7,6 +7,7 @@ Tolerances: losses of 20 AdamW steps within 1e-5 of the untouched model's (losse
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import warnings
 import weakref
@@ -256,6 +257,18 @@ def test_zero_3_holds_whole_parameters_only_while_they_are_used() -> None:
     assert not gathered._held and gathered._coming is None
     assert all(p.untyped_storage().nbytes() <= 4 for p in rank.worker.parameters.values())
     par.close()
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_model_that_is_closed_and_deleted_is_free(zero: int) -> None:
+    batch = batches_of("mixed", 1)[0]
+    par = autopar.parallelize(built("mixed"), batch, dp=2, zero=zero)
+    par.step(**batch)
+    held = [weakref.ref(parameter) for parameter in par.parameters()]
+    par.close()
+    del par
+    gc.collect()
+    assert held and all(ref() is None for ref in held)
 
 
 @pytest.mark.parametrize("options", [{"lr": 0.0}, {"lr": 1e-3, "momentum": 0.9}, {"lr": 1e-3, "foreach": True}], ids=str)

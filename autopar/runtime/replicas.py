@@ -21,6 +21,7 @@ most buckets are, the rows one after the other are the gradients as they are.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -103,9 +104,15 @@ class ReplicaSums:
         self._late = buckets(buckets_of(late, parameters, limit))
         self._buckets = [*self._early, *self._late]
         self._bucket_of = {id(parameter): bucket for bucket in self._early for parameter in bucket.parameters}
+        method = weakref.WeakMethod(self.ready)  # a parameter's hook is out of the garbage collector's sight
+
+        def ready(parameter: torch.Tensor) -> None:
+            if (found := method()) is not None:
+                found(parameter)
+
         for bucket in self._early:
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(self.ready)
+                parameter.register_post_accumulate_grad_hook(ready)
         self._watching = False
         self._put_off: Sequence[list[Product]] = ()
         self._next = 0

@@ -36,7 +36,7 @@ class ReplicasOfStage:
         self.gathered: GatheredParameters | None = None
         with fake.mode:
             if plan.zero:
-                self.shards = ParameterShards(held, [list(stage.parameters)], axis.size, 0, plan.zero)  # type: ignore[arg-type]
+                self.shards = ParameterShards(held, [stage.parameters], plan.mesh, 0, plan.zero)  # type: ignore[arg-type]
             if self.shards is not None and self.shards.gathers:
                 self.gathered = GatheredParameters(axis, self.shards, fake.stage.p)
                 fake.stage.p = self.gathered

@@ -32,7 +32,8 @@ from autopar.runtime.world import World, check_world_size, launched, launched_ra
 from autopar.state import check_shape, full_value, stage_of_parameter
 from autopar.step_profile import StepProfile, step_profile
 from autopar.threaded_ranks import ThreadedRanks
-from autopar.trace import Traced, trace
+from autopar.trace import CONSTANTS, Traced, trace
+from autopar.trace_arguments import dotted
 from costmodel.errors import AutoparError, BadArgument, BadPlan, DoesNotFit
 from costmodel.hardware import Hardware
 from passes.shard_problem import SequenceParallel
@@ -246,7 +247,8 @@ class ParallelModel:
         if not alone:
             given = (f"{name} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in batch.items())
             sized = (f"{name}={size}" for name, size in sizes.items() if name != "B")
-            shape = ", ".join([*given, *sized, "training" if self.training else "evaluation", *["accumulate"] * accumulate])
+            baked = (f"{dotted(path)}={value!r}" for path, value in form.traced.baked.items() if isinstance(value, CONSTANTS))
+            shape = ", ".join([*given, *sized, *baked, "training" if self.training else "evaluation", *["accumulate"] * accumulate])
             rows = self._ranks().rows_of_all(shape, rows)
         return self._with_rows(form, rows), batch
 

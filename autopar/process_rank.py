@@ -43,7 +43,6 @@ from autopar.state import (
     full_value,
     gather_whole,
     local_piece,
-    local_shape_of,
     local_tensors,
     padded_piece,
     require_values,
@@ -52,7 +51,7 @@ from autopar.state import (
     text_of,
 )  # fmt: skip
 from autopar.trace import Traced
-from passes.placement import Shard, local_shard, parse_type
+from passes.placement import Shard, local_shape_of, local_shard, parse_type
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -221,7 +220,7 @@ class ProcessRank:
                 split = split_axis(text, self.plan)
                 count = 1 if split is None else self.plan.mesh[split[0]]
                 dtype = whole_state(self.traced)[name].dtype
-                pieces = torch.empty((count, *local_shape_of(text, self.plan)), dtype=dtype, device=self.world.device)
+                pieces = torch.empty((count, *local_shape_of(text, self.plan.mesh)), dtype=dtype, device=self.world.device)
                 self.world.wait(self.world.recv(pieces, holder, tag), holder)
             else:
                 continue
@@ -283,13 +282,11 @@ class ProcessRank:
         return {n: DTensor.from_local(value.to(device), mesh, placements, run_check=False) for n, value in values.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        placed = self.plan.rank_state(self.rank)[0]
-        wanted = {name: text for name, text in self._texts.items() if name in state_dict or name in placed}
-        values = loadable(self.plan, self.traced, state_dict, wanted)
+        values = loadable(self.plan, self.traced, state_dict, self._texts)
         for tensors in (self.parameters, self.buffers):
             for name in list(tensors):
                 if name in values:
-                    piece = local_piece(full_value(values[name]).to(self.world.device), wanted[name], self.plan, self.coords)
+                    piece = local_piece(full_value(values[name]).to(self.world.device), self._texts[name], self.plan, self.coords)
                     tensors[name] = assigned(tensors[name], piece, name, self.shards)  # type: ignore[assignment]
 
     def assign(self, values: Iterable[tuple[str, torch.Tensor]]) -> None:

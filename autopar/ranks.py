@@ -30,6 +30,7 @@ from autopar.state import (
 )  # fmt: skip
 from autopar.trace import Traced
 from costmodel.mesh import REPLICA_AXIS
+from passes.ir import is_state
 from passes.placement import Partial, Shard, is_padded, parse_notation, parse_type, whole_tensor
 
 Tensors = dict[str, torch.Tensor]
@@ -89,8 +90,12 @@ def loss_scale_for(plan: Plan, like: Ranks | None) -> LossScale | None:
     return LossScale() if PRECISIONS[plan.precision].scales_loss else None
 
 
-def loadable(plan: Plan, traced: Traced, state_dict: Mapping[str, torch.Tensor], wanted: Mapping[str, str]) -> Tensors:
-    """The values for `wanted` (name -> notation) from a state dict that may use any alias. DifferentModel if it does not fit."""
+def loadable(plan: Plan, traced: Traced, state_dict: Mapping[str, torch.Tensor], held: Mapping[str, str]) -> Tensors:
+    """The values for `held` (name -> notation) from a state dict that may use any alias and may lack buffers that are not persistent.
+    DifferentModel if it does not fit.
+    """
+    transient = {str(node.target) for node in traced.graph_module.graph.nodes if is_state(node) and not node.meta["persistent"]}
+    wanted = {name: text for name, text in held.items() if name in state_dict or name not in transient}
     by_first: Tensors = {}
     known = {*traced.state, *traced.constants}
     for name, tensor in state_dict.items():
@@ -114,8 +119,8 @@ def shards_for(plan: Plan, rank: int, parameters: Mapping[str, nn.Parameter]) ->
     if not plan.zero or "dp" not in plan.mesh:
         return None
     coords = plan.coords(rank)
-    used = [list(stage.parameters) for stage in plan.stages if plan.stage_ranks[stage.index] == coords["pp"]]
-    return ParameterShards(parameters, used, plan.mesh["dp"], coords["dp"], plan.zero)
+    placed = [stage.parameters for stage in plan.stages if plan.stage_ranks[stage.index] == coords["pp"]]
+    return ParameterShards(parameters, placed, plan.mesh, coords["dp"], plan.zero)
 
 
 def handed_out(

@@ -114,8 +114,8 @@ def _train(folder: Path, rank: int, arguments: argparse.Namespace) -> None:
         scale = LossScale() if PRECISIONS[_plan(folder).precision].scales_loss else None
         shards = None
         if program.zero:
-            used = [list(stage.PARAMS) for stage in program.stages]
-            shards = ParameterShards(parameters, used, program.mesh["dp"], program.coords["dp"], program.zero)
+            placed = [stage.PARAMS for stage in program.stages]
+            shards = ParameterShards(parameters, placed, program.mesh, program.coords["dp"], program.zero)
         held = HeldGradients(parameters, shards)
         worker = Worker(
             program, world, parameters, {name: b.to(world.device) for name, b in buffers.items()}, seed=arguments.seed,

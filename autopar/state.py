@@ -16,8 +16,7 @@ from torch import nn
 
 from autopar.plan import Plan, StagePlan
 from costmodel.errors import DifferentModel, WeightsMissing
-from passes.ir import TensorType
-from passes.placement import Placement, Shard, local_shard, local_type, pad_piece, parse_notation, whole_tensor
+from passes.placement import Placement, Shard, local_shard, pad_piece, parse_notation, whole_tensor
 
 Tensors = dict[str, torch.Tensor]
 
@@ -60,8 +59,9 @@ def require_values(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     missing = [name for name, tensor in tensors if tensor.is_meta]
     if missing:
         raise WeightsMissing(
-            f"{len(missing)} parameters have no values, {missing[0]} first", why="the model was built on the meta device",
-            use="par.initialize(seed) or par.load_state_dict(...) before the first step, or a model with weights",
+            f"{len(missing)} parameters and buffers have no values, {missing[0]} first", why="the model was built on the meta device",
+            use="par.initialize(seed) before the first step, and then par.load_state_dict(...) for a checkpoint, which has no values of "
+            "buffers that are not persistent; or a model with weights",
         )  # fmt: skip
 
 
@@ -126,9 +126,3 @@ def check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
     """DifferentModel if a tensor has another shape than the model's."""
     if tuple(tensor.shape) != tuple(shape):
         raise DifferentModel(f"{name} is {tuple(tensor.shape)}; the model's is {tuple(shape)}")
-
-
-def local_shape_of(text: str, plan: Plan) -> tuple[int, ...]:
-    """One rank's shape of a tensor in the notation, padding included."""
-    shape, sharding = parse_notation(text, plan.mesh)
-    return tuple(int(size) for size in local_type(TensorType(torch.float32, shape), sharding, plan.mesh).shape)

@@ -193,12 +193,7 @@ class ThreadedRanks:
         wanted = {
             name: text_of(stage, name) for stage in self.plan.stages for name in (*stage.parameters, *stage.buffers)
         }
-        values = loadable(
-            self.plan,
-            self.traced,
-            state_dict,
-            {n: t for n, t in wanted.items() if n in state_dict or n in self.plan.parameter_notation},
-        )
+        values = loadable(self.plan, self.traced, state_dict, wanted)
         for rank in range(self.plan.num_ranks):
             coords = self.plan.coords(rank)
             for tensors in (self.parameters_of[rank], self.buffers_of[rank]):

@@ -40,7 +40,7 @@ from passes.canonical_import import Imports, State
 from passes.canonicalize import canonicalize
 from passes.ir import TensorType, size_symbol, tensor_type
 
-_CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)  # leaves of an output that are no tensors
+CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)  # leaves of an output that are no tensors
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _roles(tensors: list[torch.Tensor]) -> tuple[dict[tuple[int, int], str], dic
 def _described(result: Any, loss: torch.Tensor | None) -> _Output:
     leaves, spec = pytree.tree_flatten(opened(result))
     for leaf in leaves:
-        if not isinstance(leaf, (torch.Tensor, torch.SymInt, *_CONSTANTS)):
+        if not isinstance(leaf, (torch.Tensor, torch.SymInt, *CONSTANTS)):
             raise CaptureError(
                 f"forward returns a {type(leaf).__name__}, which holds no tensor that a graph can give",
                 use="tuples, lists, dicts and dataclasses of tensors, or a registered pytree; for a cache: use_cache=False",

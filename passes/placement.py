@@ -469,3 +469,9 @@ def local_shape(
                 use="sizes that the axis divides",
             )
     return value.dtype, tuple(int(size) for size in shape)
+
+
+def local_shape_of(text: str, mesh: Mapping[str, int]) -> tuple[int, ...]:
+    """One rank's shape of a tensor in the notation, padding included: the same on every rank."""
+    shape, sharding = parse_notation(text, mesh)
+    return tuple(int(size) for size in local_type(TensorType(torch.float32, shape), sharding, mesh).shape)

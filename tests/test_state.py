@@ -112,6 +112,25 @@ def test_a_state_dict_of_another_model_changes_nothing(change: Any, says: str) -
     assert differing(par.full_state_dict(), model.state_dict()) == []
 
 
+def test_a_state_dict_without_a_persistent_buffer_is_refused() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.linear(x)).square().mean()
+
+    model = Normed()
+    par = autopar.parallelize(model, {"x": torch.randn(4, 8)}, tp=2)
+    state = {name: value + 1 for name, value in model.state_dict().items() if name != "norm.running_mean"}
+    with pytest.raises(DifferentModel, match=r"missing: norm\.running_mean"):
+        par.load_state_dict(state)
+    assert differing(par.full_state_dict(), model.state_dict()) == []
+    par.load_state_dict({**state, "norm.running_mean": torch.ones(8)})
+    par.close()
+
+
 @pytest.mark.parametrize("name", ["gpt", "hf-llama"])
 def test_a_model_without_values_gets_them_and_trains(name: str) -> None:
     real, batch = built(name), MODELS[name][1]()

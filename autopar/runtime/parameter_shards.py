@@ -19,7 +19,7 @@ tensor is alive beside the shards. Which optimizers may update shards: `optimize
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,22 +28,24 @@ from torch import nn
 from autopar.runtime.axis import Axis, Pending
 from autopar.runtime.optimizers import register_shard
 from autopar.runtime.shard_groups import ShardGroup, shard_groups
+from costmodel.mesh import REPLICA_AXIS
 
 
 class ParameterShards:
     """One replica's shards of a rank's parameters, for a ZeRO `stage` of 1 or more.
 
-    `stages`: by stage of the rank, the names of its parameters in the order of their first use. `of`: the shards by name; before stage 3
-    frozen parameters stay whole. `whole`: the parameters that are sharded, from stage 3 on without values. Those of `parameters` that
-    have values are taken over, and let go of theirs.
+    `stages`: by stage of the rank, the placements of its parameters in the order of their first use. `of`: the shards by name;
+    before stage 3 frozen parameters stay whole. `whole`: the parameters that are sharded, from stage 3 on without values. Those of
+    `parameters` that have values are taken over, and let go of theirs.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], stages: Sequence[Iterable[str]], replicas: int, coord: int, stage: int
-    ) -> None:
-        self.replicas, self.coord, self.stage, self.gathers = replicas, coord, stage, stage >= 3
+        self, parameters: Mapping[str, nn.Parameter], stages: Sequence[Mapping[str, str]], mesh: Mapping[str, int], coord: int,
+        stage: int,
+    ) -> None:  # fmt: skip
+        self.replicas, self.coord, self.stage, self.gathers = mesh[REPLICA_AXIS], coord, stage, stage >= 3
         self.whole = {name: each for name, each in parameters.items() if each.requires_grad or self.gathers}
-        self.groups = shard_groups(stages, self.whole, replicas)
+        self.groups = shard_groups(stages, self.whole, mesh)
         self.group_of = {name: group for group in self.groups for name in group.names}
         self._memory: dict[ShardGroup, torch.Tensor] = {}  # [part]; before stage 3 [replicas, part]
         self.of: dict[str, nn.Parameter] = {}

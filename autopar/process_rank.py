@@ -25,9 +25,8 @@ from autopar.ranks import (
     model_norm_dtype,
     normed_gradients,
     rank_program,
-    requires_grad_of,
-    shards_for,
     shared_buffers,
+    tensors_of_rank,
     whole_output,
     whole_state,
 )
@@ -43,7 +42,6 @@ from autopar.state import (
     full_value,
     gather_whole,
     local_piece,
-    local_tensors,
     padded_piece,
     require_values,
     split_axis,
@@ -55,6 +53,7 @@ from passes.placement import Shard, local_shape_of, local_shard, parse_type
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 _MEETING = padded("the meeting of replicas before a step")
@@ -78,11 +77,9 @@ class ProcessRank:
         self.world: World = World.from_environment(plan.mesh, device=device, plan=_shared_text(plan)) if like is None else like.world
         self.rank, self.coords = self.world.rank, self.world.coords
         if like is None:
-            self.parameters, self.buffers = local_tensors(
-                plan, self.rank, whole_state(traced), self.world.device, requires_grad_of(traced)
+            self.parameters, self.buffers, self.shards = tensors_of_rank(
+                plan, traced, self.rank, self.world.device, self._of_first_replica
             )
-            self._begin_alike()
-            self.shards = shards_for(plan, self.rank, self.parameters)
             self.held = HeldGradients(self.parameters, self.shards)
         else:
             self.parameters, self.shards, self.held = like.parameters, like.shards, like.held
@@ -93,13 +90,10 @@ class ProcessRank:
         self._worker: Worker | None = None
         self._training = True
 
-    def _begin_alike(self) -> None:
+    def _of_first_replica(self, value: torch.Tensor) -> torch.Tensor:
         """All replicas begin with the first one's values, whatever each process's model has, as in DistributedDataParallel."""
         replicas = self.world.axis("dp")
-        if replicas.size > 1:
-            for tensor in (*self.parameters.values(), *self.buffers.values()):
-                if not tensor.is_meta:
-                    tensor.detach().copy_(replicas.broadcast(tensor.detach().contiguous(), 0))
+        return replicas.broadcast(value.contiguous(), 0) if replicas.size > 1 else value
 
     @property
     def worker(self) -> Worker:
@@ -266,11 +260,22 @@ class ProcessRank:
                     local = contiguous.contiguous()
                 stride = torch.empty(whole, device="meta").stride()
                 placements = [DShard(placement.dim), *[Replicate()] * (mesh.ndim - 1)]
-                value = DTensor.from_local(
-                    local, mesh, placements, run_check=False, shape=torch.Size(whole), stride=stride
-                )
+                value = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(whole), stride=stride)
+            if self.shards is not None and self.shards.gathers and name in self.shards.of and value.ndim:
+                value = self._over_replicas(value)
             found[name] = value
         return found | {alias: found[name] for alias, name in self.plan.aliases.items() if name in found}
+
+    def _over_replicas(self, value: DTensor) -> DTensor:
+        """The same with dim 0 split over dp, so that a state dict of ZeRO 3 never holds more than one whole tensor."""
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import Shard as DShard
+
+        local, axis = value.to_local(), self.world.axis("dp")
+        rows = -(-local.shape[0] // axis.size)  # as DTensor cuts
+        mine = local[rows * axis.coord : rows * (axis.coord + 1)].clone()
+        placements = [*value.placements[:-1], DShard(0)]  # the mesh's last dim is dp
+        return DTensor.from_local(mine, value.device_mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
     def replicated(self, values: Tensors) -> Tensors:
         from torch.distributed.tensor import DTensor, Replicate

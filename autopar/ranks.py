@@ -26,6 +26,7 @@ from autopar.state import (
     check_names,
     check_shape,
     local_piece,
+    local_tensors,
     stage_of_parameter,
 )  # fmt: skip
 from autopar.trace import Traced
@@ -121,6 +122,28 @@ def shards_for(plan: Plan, rank: int, parameters: Mapping[str, nn.Parameter]) ->
     coords = plan.coords(rank)
     placed = [stage.parameters for stage in plan.stages if plan.stage_ranks[stage.index] == coords["pp"]]
     return ParameterShards(parameters, placed, plan.mesh, coords["dp"], plan.zero)
+
+
+def tensors_of_rank(
+    plan: Plan, traced: Traced, rank: int, device: torch.device, alike: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
+) -> tuple[dict[str, nn.Parameter], Tensors, ParameterShards | None]:
+    """(parameters, buffers, shards over dp) of a rank. What is sharded is cut one tensor at a time, so that beside the shards never more
+    than one whole one is alive. `alike`: what all replicas begin with, of this one's value.
+    """
+    state, trained = whole_state(traced), requires_grad_of(traced)
+    placed = plan.rank_state(rank)[0]
+    sharded = {name for name in placed if plan.zero >= 3 or (plan.zero and trained(name))} if "dp" in plan.mesh else set()
+    begun = ChainMap({name: state[name].to("meta") for name in sharded}, state)  # type: ignore[arg-type]
+    parameters, buffers = local_tensors(plan, rank, begun, device, trained)
+    for name, tensor in (*parameters.items(), *buffers.items()):
+        if name not in sharded and not tensor.is_meta:
+            tensor.detach().copy_(alike(tensor.detach()))
+    shards = shards_for(plan, rank, parameters)
+    for name in shards.whole if shards is not None else ():
+        if not state[name].is_meta:
+            piece = local_piece(state[name], placed[name], plan, plan.coords(rank)).to(device)
+            parameters[name] = shards.load(name, alike(piece))  # type: ignore[union-attr]
+    return parameters, buffers, shards
 
 
 def handed_out(

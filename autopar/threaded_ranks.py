@@ -22,11 +22,9 @@ from autopar.ranks import (
     model_norm_dtype,
     normed_gradients,
     rank_program,
-    requires_grad_of,
-    shards_for,
     shared_buffers,
+    tensors_of_rank,
     whole_output,
-    whole_state,
 )
 from autopar.runtime.compiled import Compile
 from autopar.runtime.held_gradients import HeldGradients
@@ -38,7 +36,6 @@ from autopar.shared_copies import SharedCopies
 from autopar.state import (
     gather_whole,
     local_piece,
-    local_tensors,
     require_values,
     split_axis,
     stage_of_parameter,
@@ -56,14 +53,11 @@ class ThreadedRanks:
     ) -> None:  # fmt: skip
         self.plan, self.traced, self.device, self.seed, self.compile = plan, traced, device, seed, compile
         if like is None:
-            pairs = [
-                local_tensors(plan, rank, whole_state(traced), device, requires_grad_of(traced))
-                for rank in range(plan.num_ranks)
-            ]
-            self.parameters_of = [parameters for parameters, _ in pairs]
-            self.buffers_of = [buffers for _, buffers in pairs]
+            held = [tensors_of_rank(plan, traced, rank, device) for rank in range(plan.num_ranks)]
+            self.parameters_of = [parameters for parameters, _, _ in held]
+            self.buffers_of = [buffers for _, buffers, _ in held]
+            self.shards_of = [shards for _, _, shards in held]
             self.copies = SharedCopies(plan, self.parameters_of)
-            self.shards_of = [shards_for(plan, rank, parameters) for rank, parameters in enumerate(self.parameters_of)]
             self.held_of = list(map(HeldGradients, self.parameters_of, self.shards_of))
         else:
             self.parameters_of, self.shards_of, self.held_of = like.parameters_of, like.shards_of, like.held_of

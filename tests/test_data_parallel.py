@@ -506,6 +506,12 @@ def job(cases: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         losses = train(lambda batch: par.step(**own_rows(batch, replica, 2)), par.parameters(), batches, eps=EPS)  # noqa: B023
         state = par.state_dict()
         report[str((name, layout))] = losses, par.full_state_dict(), {key: value.full_tensor() for key, value in state.items()}
+        if layout.get("zero") == 3:
+            own, whole = (sum(each.numel() for each in found) for found in ([v.to_local() for v in state.values()], state.values()))
+            assert own < 0.4 * whole, "split over tp and dp"
+            par.load_state_dict({key: value * 2 for key, value in state.items()})
+            for key, value in par.state_dict().items():
+                assert torch.equal(value.full_tensor(), 2 * state[key].full_tensor()), key
         par.close()
     name, layout = cases[0]
     batches = batches_of(name)

@@ -227,6 +227,7 @@ class ParallelModel:
             form, batch, sizes = self._form_of(args, kwargs)
             empty = next((name for name, tensor in batch.items() if tensor.is_meta), None)
             if empty is not None:
+                self._ranks()  # says so if there can be none here, whatever the batch
                 raise BadArgument(
                     f"the input {empty!r} has no values", why="it is on the meta device",
                     use="a tensor with values (only example_inputs may be on meta)",
@@ -364,7 +365,8 @@ class ParallelModel:
         batch does not fit, or replicas' steps differ in more than their rows; RankFailed if another rank died or stalled.
         accumulate: more steps follow before the optimizer's. As on one device their gradients add up, each of its own batch's loss: for
         the mean over k steps divide the losses by k. Replicas sum once, in the last step, the one without it: until then `.grad` is not
-        to be used (with zero=2 or 3 each step sums into the shards instead, so that no whole gradients are kept).
+        to be used (with zero=2 or 3 each step sums into the shards instead, so that no whole gradients are kept). A step that raises
+        leaves sums as they were before it, and no parts.
         With precision="fp16-mixed" gradients are scaled and unscaled in here; after an overflow, on any rank, every `.grad` is None, so an
         optimizer's step changes nothing (see `autopar.runtime.scaling`).
         """

@@ -99,10 +99,14 @@ class ProcessRank:
     def worker(self) -> Worker:
         if self._worker is None:
             require_values([*self.parameters.items(), *self.buffers.items()])
-            self._worker = Worker(
-                rank_program(self.plan, self.rank), self.world, self.parameters, self.buffers,
-                seed=self.seed, compile=self.compile, held=self.held, loss_scale=self.loss_scale,
-            )  # fmt: skip
+            try:
+                self._worker = Worker(
+                    rank_program(self.plan, self.rank), self.world, self.parameters, self.buffers,
+                    seed=self.seed, compile=self.compile, held=self.held, loss_scale=self.loss_scale,
+                )  # fmt: skip
+            except BaseException as error:
+                self.world.failed(error)  # the others do not wait for this rank
+                raise
         return self._worker
 
     def rows_of_all(self, shape: str, rows: int, refusal: str | None = None) -> int:

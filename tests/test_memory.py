@@ -128,16 +128,16 @@ def test_only_the_rank_that_gathers_holds_more_than_one_whole_parameter(reports:
 
 
 def test_the_count_sees_a_rank_that_copies_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    import autopar.threaded_ranks
+    import autopar.ranks
 
-    untouched = autopar.threaded_ranks.local_tensors
+    untouched = autopar.ranks.local_tensors
 
     def copying(plan: Any, rank: int, state: Any, *rest: Any) -> Any:
         return untouched(plan, rank, {name: tensor.clone() for name, tensor in state.items()}, *rest)
 
     user, whole = model(), bytes_of(model().parameters())
     for build, at_least, at_most in ((untouched, whole, 1.4 * whole), (copying, 2 * whole, 2.4 * whole)):
-        monkeypatch.setattr(autopar.threaded_ranks, "local_tensors", build)
+        monkeypatch.setattr(autopar.ranks, "local_tensors", build)
         with Allocations() as count:  # all four ranks are threads of this process: together a whole model
             par = autopar.parallelize(user, batch(), tp=2, pp=2)
             parameters = list(par.parameters())

@@ -59,10 +59,14 @@ class _Job:
         world = World.in_thread(
             self.mesh, self.rank, self.store, self.memory, device=self.device, timeout_seconds=self.timeout_seconds
         )
-        return Worker(
-            self.program, world, self.parameters, self.buffers, seed=self.seed, compile=self.compile, joins_replicas=True,
-            held=self.held, loss_scale=self.loss_scale,
-        )  # fmt: skip
+        try:
+            return Worker(
+                self.program, world, self.parameters, self.buffers, seed=self.seed, compile=self.compile, joins_replicas=True,
+                held=self.held, loss_scale=self.loss_scale,
+            )  # fmt: skip
+        except BaseException as error:
+            world.failed(error)  # the others do not wait for this rank
+            raise
 
 
 class _Rank:

@@ -9,11 +9,23 @@ it is the one that is asked; when they delete it, its memory is free. A model th
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import weakref
 from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def give_back() -> None:
+    """Let the operating system have the memory that making a plan took and that is free again: a rank of a job plans once, then trains."""
+    gc.collect()
+    FakeTensorMode.cache_clear()  # what ops give, remembered for the next trace
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other allocators do it by themselves
+    if trim is not None:
+        trim(0)
 
 
 def without_values(parameter: nn.Parameter) -> nn.Parameter:

@@ -18,7 +18,7 @@ from torch import nn
 
 from autopar.auto import decided, is_auto
 from autopar.clipping import checked_max_norm, checked_norm_type
-from autopar.held_model import HeldModel
+from autopar.held_model import HeldModel, give_back
 from autopar.initialize import initialized
 from autopar.metrics import Meter, Metrics, ProgressLine, TensorBoard
 from autopar.options import MESH_ORDER, Options, call_arguments, checked_options, model_name
@@ -204,6 +204,8 @@ class ParallelModel:
         held = {name for stage in self.plan.stages for name in stage.parameters}
         self._held_model.release(held)
         traced.release(held)
+        if launched():
+            give_back()
 
     def _make_ranks(self, plan: Plan, traced: Traced, like: Ranks | None) -> Ranks:
         """Ranks for a plan; with the parameters of `like`, if given."""

@@ -112,7 +112,8 @@ def _zero_buffers(layout: Layout, held: HeldStages) -> float:
     if layout.sums_each_microbatch:
         return max(stage.largest_block_parameters for stage in held.stages) * (2 * row.parameter_bytes + row.gradient_bytes)
     whole = [stage.parameters * row.parameter_bytes for stage in held.stages]
-    return sum(min((HELD_GROUPS + 1) * mean_group_bytes(num_bytes), num_bytes) for num_bytes in whole)
+    groups = HELD_GROUPS + 1 + (layout.recompute == "full")  # a layer that is computed again reads its own from first to last
+    return sum(min(groups * mean_group_bytes(num_bytes), num_bytes) for num_bytes in whole)
 
 
 def _first_backward(layout: Layout, held: HeldStages, kept: float, gradients: float) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
 Design note. Between uses a whole parameter has no memory: it is the leaf that gradients are added to, of the right shape over one element.
 `p(name)` in a program gathers the group that the parameter is in (`shard_groups.py`) and returns a view of it that autograd sees as the
-leaf. The last `HELD_GROUPS` groups are kept. What autograd would save of a gathered parameter is saved as a place in its group
+leaf. The last `HELD_GROUPS` used are kept. What autograd would save of a gathered parameter is saved as a place in its group
 instead, and gathered again in backward (`saving`). A gathered group is memory of its own, so whoever still uses one that has been let go
 has what it had.
 

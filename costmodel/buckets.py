@@ -9,7 +9,7 @@ from __future__ import annotations
 
 BUCKET_BYTES = 25 * 2**20  # at most, but for a tensor that is larger alone
 HELD_GROUPS = 1  # groups of gathered parameters that a stage holds (ZeRO 3), beside one that is on its way
-UNDER_WAY = 1  # buckets that are being summed when the next one starts: before that, the ones before it are waited for
+UNDER_WAY = 2  # buckets that are being summed when the next one starts: before that, the ones before it are waited for
 _LEAST_BUCKETS, _LEAST_BUCKET_BYTES = 16, 4 * 2**20  # so that a small model's gradients are not all sent, or held twice, at the end
 _GROUPS = 16  # about, of a stage's parameters
 _LEAST_GROUP_BYTES = 2**20

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 BUCKET_BYTES = 25 * 2**20  # at most, but for a tensor that is larger alone
 HELD_GROUPS = 1  # groups of gathered parameters that a stage holds (ZeRO 3), beside one that is on its way
-UNDER_WAY = 2  # buckets that are being summed when the next one starts: before that, the ones before it are waited for
+_UNDER_WAY, _SHARDED_UNDER_WAY = 2, 1
 _LEAST_BUCKETS, _LEAST_BUCKET_BYTES = 16, 4 * 2**20  # so that a small model's gradients are not all sent, or held twice, at the end
 _GROUPS = 16  # about, of a stage's parameters
 _LEAST_GROUP_BYTES = 2**20
@@ -20,6 +20,11 @@ _FILLED = 0.75  # of a group, on average: it ends before the tensor that would g
 def gradient_bucket_bytes(total_bytes: float) -> int:
     """Bytes of gradients that are summed at once without ZeRO, of a rank's `total_bytes`."""
     return int(min(BUCKET_BYTES, max(_LEAST_BUCKET_BYTES, total_bytes // _LEAST_BUCKETS)))
+
+
+def under_way(sharded: bool) -> int:
+    """Buckets that are being summed when the next one starts: the ones before them are waited for. `sharded`: under ZeRO."""
+    return _SHARDED_UNDER_WAY if sharded else _UNDER_WAY
 
 
 def shard_group_bytes(total_bytes: float) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from costmodel.buckets import HELD_GROUPS, UNDER_WAY, gradient_bucket_bytes, mean_group_bytes
+from costmodel.buckets import HELD_GROUPS, gradient_bucket_bytes, mean_group_bytes, under_way
 from costmodel.memory import STATE_PRECISIONS, TIED_EXACT_BYTES, state_bytes
 from passes.layout import Layout, LayoutMemory
 from passes.layout_stages import StageSums
@@ -158,9 +158,9 @@ def _last_backward(layout: Layout, held: HeldStages, count: int, on_cpu: bool) -
         there = each * done if layout.microbatches == 1 else whole
         ready = each * done
         for copied in {0.0, min(bucket, ready)}:
-            under_way = min(ready - copied, UNDER_WAY * bucket)
-            sums = under_way / count if layout.zero else under_way * on_cpu
-            let_go = (ready - copied - under_way) * (1 - 1 / count) if layout.zero else 0.0
+            sent = min(ready - copied, under_way(layout.zero > 0) * bucket)
+            sums = sent / count if layout.zero else sent * on_cpu
+            let_go = (ready - copied - sent) * (1 - 1 / count) if layout.zero else 0.0
             found.append((there + copied + sums - let_go, kept, most))
     return max(found, key=sum)
 

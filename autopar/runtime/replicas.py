@@ -33,7 +33,7 @@ from autopar.runtime.buckets import buckets_of, shares_memory
 from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.shard_groups import ShardGroup
-from costmodel.buckets import UNDER_WAY, gradient_bucket_bytes
+from costmodel.buckets import gradient_bucket_bytes, under_way
 
 
 class _Rows:
@@ -86,6 +86,7 @@ class ReplicaSums:
         self, axis: Axis, stages: Mapping[int, Sequence[str]], late: Sequence[str], held: HeldGradients
     ) -> None:
         self._axis, self._held, parameters = axis, held, held.parameters
+        self._under_way = under_way(sharded=held.shards is not None)
         limit = gradient_bucket_bytes(sum(parameters[name].nbytes for listed in (*stages.values(), late) for name in listed))
 
         def runs(names: Iterable[str]) -> list[list[str]]:
@@ -165,11 +166,11 @@ class ReplicaSums:
     def _start_next(self) -> None:
         while self._sums_now and self._next < len(self._early) and not self._early[self._next].missing:
             self._start(self._early[self._next])
-            for earlier in self._early[max(0, self._next - UNDER_WAY) : self._next]:
+            for earlier in self._early[max(0, self._next - self._under_way) : self._next]:
                 if earlier.pending is not None:
                     earlier.pending.advance()
-            if self._next >= UNDER_WAY:
-                self._deliver(self._early[self._next - UNDER_WAY])
+            if self._next >= self._under_way:
+                self._deliver(self._early[self._next - self._under_way])
             self._next += 1
 
     def _start(self, bucket: _Bucket) -> None:

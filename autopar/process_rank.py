@@ -35,6 +35,7 @@ from autopar.runtime.axis import Axis, TransferFailed
 from autopar.runtime.board import padded
 from autopar.runtime.compiled import Compile
 from autopar.runtime.held_gradients import HeldGradients
+from autopar.runtime.parameter_shards import ParameterShards
 from autopar.runtime.record import RankRecord
 from autopar.runtime.worker import Worker
 from autopar.runtime.world import World
@@ -176,10 +177,15 @@ class ProcessRank:
             self.shards.expect(self.world.axis("dp"))
             self.shards.refresh()
 
+    def _gathering(self, name: str) -> ParameterShards | None:
+        """What has to be gathered for a parameter's value: with ZeRO 3."""
+        return self.shards if self.shards is not None and self.shards.gathers and name in self.shards.of else None
+
     def _value(self, name: str) -> torch.Tensor:
         """This rank's piece of a tensor; with ZeRO 3 all replicas take part."""
-        if self.shards is not None and self.shards.gathers and name in self.shards.of and not self.shards.of[name].is_meta:
-            return self.shards.gathered(name, self.world.axis("dp"))
+        shards = self._gathering(name)
+        if shards is not None and not shards.of[name].is_meta:
+            return shards.gathered(name, self.world.axis("dp"))
         return {**self.parameters, **self.buffers}[name].detach()
 
     def _pieces(self, name: str) -> torch.Tensor:
@@ -265,7 +271,7 @@ class ProcessRank:
                 stride = torch.empty(whole, device="meta").stride()
                 placements = [DShard(placement.dim), *[Replicate()] * (mesh.ndim - 1)]
                 value = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(whole), stride=stride)
-            if self.shards is not None and self.shards.gathers and name in self.shards.of and value.ndim:
+            if self._gathering(name) is not None and value.ndim:
                 value = self._over_replicas(value)
             found[name] = value
         return found | {alias: found[name] for alias, name in self.plan.aliases.items() if name in found}

@@ -18,7 +18,7 @@ from autopar.precision import PRECISIONS
 from autopar.program import load_program
 from autopar.runtime.held_gradients import HeldGradients
 from autopar.runtime.optimizers import register_part
-from autopar.runtime.parameter_shards import ParameterShards
+from autopar.runtime.parameter_shards import ParameterShards, is_shared_out
 from autopar.runtime.record import RankRecord
 from autopar.runtime.scaling import LossScale
 from autopar.shared_copies import counts_here
@@ -132,7 +132,7 @@ def tensors_of_rank(
     """
     state, trained = whole_state(traced), requires_grad_of(traced)
     placed = plan.rank_state(rank)[0]
-    sharded = {name for name in placed if plan.zero >= 3 or (plan.zero and trained(name))} if "dp" in plan.mesh else set()
+    sharded = {name for name in placed if is_shared_out(trained(name), plan.zero)} if "dp" in plan.mesh else set()
     begun = ChainMap({name: state[name].to("meta") for name in sharded}, state)  # type: ignore[arg-type]
     parameters, buffers = local_tensors(plan, rank, begun, device, trained)
     for name, tensor in (*parameters.items(), *buffers.items()):

@@ -31,6 +31,11 @@ from autopar.runtime.shard_groups import ShardGroup, shard_groups
 from costmodel.mesh import REPLICA_AXIS
 
 
+def is_shared_out(trained: bool, stage: int) -> bool:
+    """Whether a ZeRO `stage` shares out a parameter."""
+    return stage >= 3 or (stage >= 1 and trained)
+
+
 class ParameterShards:
     """One replica's shards of a rank's parameters, for a ZeRO `stage` of 1 or more.
 
@@ -44,7 +49,7 @@ class ParameterShards:
         stage: int,
     ) -> None:  # fmt: skip
         self.replicas, self.coord, self.stage, self.gathers = mesh[REPLICA_AXIS], coord, stage, stage >= 3
-        self.whole = {name: each for name, each in parameters.items() if each.requires_grad or self.gathers}
+        self.whole = {name: each for name, each in parameters.items() if is_shared_out(each.requires_grad, stage)}
         self.groups = shard_groups(stages, self.whole, mesh)
         self.group_of = {name: group for group in self.groups for name in group.names}
         self._memory: dict[ShardGroup, torch.Tensor] = {}  # [part]; before stage 3 [replicas, part]
